@@ -1,0 +1,115 @@
+"""GGUF files that appear under their final name complete, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from tqdm import tqdm
+
+from ..errors import ConvertError
+
+_KEYS_SPARE = 16 << 20  # bytes for keys, vocabulary and alignment, when free space is counted
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """One tensor to write; `read` is called once, when its turn comes, and gives its bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    read: Callable[[], npt.NDArray[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        block, size = GGML_QUANT_SIZES[self.type]
+        return prod(self.shape) // block * size
+
+
+@dataclass(frozen=True)
+class OutFile:
+    """One GGUF file to write: the final path, the keys, the tensors."""
+
+    path: Path
+    architecture: str
+    add_keys: Callable[[GGUFWriter], None]
+    tensors: Sequence[OutTensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def publish(files: Sequence[OutFile], inputs: Sequence[Path] = ()) -> None:
+    """Write all files beside their final names, then rename them; leave nothing after an error."""
+    total = sum(file.nbytes for file in files)
+    for file in files:
+        _refuse_input(file.path, inputs)
+        _make_directory(file.path.parent)
+    _require_space(files[0].path.parent, total)
+    parts = [file.path.with_name(f".{file.path.name}.{os.getpid()}.part") for file in files]
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress:
+            for file, part in zip(files, parts, strict=True):
+                progress.set_description(file.path.name)
+                _write(file, part, progress)
+        for file, part in zip(files, parts, strict=True):
+            os.replace(part, file.path)
+    except OSError as exc:
+        raise ConvertError(f"{files[0].path.parent} cannot be written to: {exc}") from exc
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def _write(file: OutFile, part: Path, progress: tqdm[Any]) -> None:
+    writer = GGUFWriter(part, file.architecture)
+    try:
+        file.add_keys(writer)
+        for tensor in file.tensors:
+            writer.add_tensor_info(
+                # The NumPy type is only looked at where no GGML type is given.
+                tensor.name,
+                tensor.shape,
+                np.dtype(np.float32),
+                tensor.nbytes,
+                tensor.type,
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in file.tensors:
+            writer.write_tensor_data(tensor.read())
+            progress.update(tensor.nbytes)
+    finally:
+        writer.close()
+
+
+def _refuse_input(output: Path, inputs: Sequence[Path]) -> None:
+    if output.exists() and any(output.samefile(path) for path in inputs):
+        raise ConvertError(f"{output} is the input itself; choose another output directory")
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConvertError(f"{directory} cannot be made a directory: {exc.strerror}") from exc
+
+
+def _require_space(directory: Path, nbytes: int) -> None:
+    needed, free = nbytes + _KEYS_SPARE, shutil.disk_usage(directory).free
+    if free < needed:
+        raise ConvertError(
+            f"{directory} has {free / 1e6:.0f} MB free, but the conversion needs "
+            f"{needed / 1e6:.0f} MB; free some space or choose another output directory"
+        )

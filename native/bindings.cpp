@@ -1,0 +1,134 @@
+// The native door of omnivlm_edge: types, names, error mapping and the GIL; no arithmetic.
+
+#include "errors.h"
+#include "vision-encoder.h"
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <new>
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace omnivlm {
+namespace {
+
+using Pixels = nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using Tokens = nb::ndarray<nb::numpy, float, nb::ndim<3>>;
+
+Tokens encode(VisionEncoder & encoder, const Pixels & pixels) {
+    const VisionHparams & h    = encoder.hparams();
+    const auto            size = static_cast<size_t>(h.image_size);
+    if (pixels.shape(1) != 3 || pixels.shape(2) != size || pixels.shape(3) != size) {
+        const std::string side = std::to_string(size);
+        throw nb::value_error(("pixels must have shape [n, 3, " + side + ", " + side + "]").c_str());
+    }
+    const size_t shape[] = { pixels.shape(0), static_cast<size_t>(h.n_tokens()), static_cast<size_t>(h.n_embd_text) };
+    auto         data    = std::make_unique<float[]>(shape[0] * shape[1] * shape[2]);
+    {
+        const nb::gil_scoped_release release;
+        encoder.encode(pixels.data(), static_cast<int64_t>(shape[0]), data.get());
+    }
+    float *           raw = data.get();
+    const nb::capsule owner(data.release(), [](void * p) noexcept { delete[] static_cast<float *>(p); });
+    return { raw, 3, shape, owner };
+}
+
+void construct(VisionEncoder * self, const std::string & path, const std::string & device, int n_threads) {
+    const nb::gil_scoped_release release;
+    new (self) VisionEncoder(path, device, n_threads);
+}
+
+struct Device {
+    std::string name;         // in ggml's registry
+    std::string description;
+    std::string kind;         // "cpu", "gpu", "igpu", "accel"
+    uintptr_t   handle;       // ggml_backend_dev_t, as llama.cpp takes it
+    uint64_t    memory_free;  // bytes
+    uint64_t    memory_total;
+};
+
+const char * kind_name(enum ggml_backend_dev_type type) {
+    switch (type) {
+        case GGML_BACKEND_DEVICE_TYPE_CPU:
+            return "cpu";
+        case GGML_BACKEND_DEVICE_TYPE_GPU:
+            return "gpu";
+        case GGML_BACKEND_DEVICE_TYPE_IGPU:
+            return "igpu";
+        default:
+            return "accel";
+    }
+}
+
+std::vector<Device> devices() {
+    std::vector<Device> result;
+    for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
+        ggml_backend_dev_t     device = ggml_backend_dev_get(i);
+        ggml_backend_dev_props props{};
+        ggml_backend_dev_get_props(device, &props);
+        result.push_back(Device{ props.name, props.description, kind_name(props.type), reinterpret_cast<uintptr_t>(device),
+                           props.memory_free, props.memory_total });
+    }
+    return result;
+}
+
+// Native errors become the classes of omnivlm_edge.errors.
+void translate(const std::exception_ptr & error, void *) {
+    const auto raise = [](const char * name, const char * message) {
+        const nb::object type = nb::module_::import_("omnivlm_edge.errors").attr(name);
+        PyErr_SetString(type.ptr(), message);
+    };
+    try {
+        std::rethrow_exception(error);
+    } catch (const ModelFileError & e) {
+        raise("ModelFileError", e.what());
+    } catch (const DeviceError & e) {
+        raise("DeviceError", e.what());
+    }
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "Vision tower and projector of OmniVLM on ggml.";
+    nb::register_exception_translator(translate);
+
+    nb::class_<Device>(m, "Device", "One device of ggml's backend registry.")
+        .def_ro("name", &Device::name)
+        .def_ro("description", &Device::description)
+        .def_ro("kind", &Device::kind, "'cpu', 'gpu', 'igpu' or 'accel'.")
+        .def_ro("handle", &Device::handle, "Address of the ggml_backend_dev_t.")
+        .def_ro("memory_free", &Device::memory_free, "Bytes.")
+        .def_ro("memory_total", &Device::memory_total, "Bytes.");
+
+    nb::class_<VisionHparams>(m, "VisionHparams", "What the mmproj file says about the model.")
+        .def_ro("image_size", &VisionHparams::image_size, "Pixels, square.")
+        .def_ro("patch_size", &VisionHparams::patch_size, "Pixels, square.")
+        .def_ro("n_embd", &VisionHparams::n_embd, "Width of the tower.")
+        .def_ro("n_layer", &VisionHparams::n_layer)
+        .def_ro("n_head", &VisionHparams::n_head)
+        .def_ro("n_merge", &VisionHparams::n_merge, "Consecutive patches joined into one token.")
+        .def_ro("n_embd_text", &VisionHparams::n_embd_text, "Width of one image token.")
+        .def_prop_ro("n_tokens", &VisionHparams::n_tokens, "Image tokens a picture becomes.")
+        .def_ro("image_mean", &VisionHparams::image_mean)
+        .def_ro("image_std", &VisionHparams::image_std)
+        .def_ro("prompt_variant", &VisionHparams::prompt_variant, "Empty when the file names none.");
+
+    nb::class_<VisionEncoder>(m, "VisionEncoder", "The vision path of one mmproj file on one device.")
+        .def("__init__", &construct, "path"_a, "device"_a, "n_threads"_a)
+        .def("encode", &encode, "pixels"_a.noconvert(),
+             "float32 [n, 3, image_size, image_size], normalised -> float32 [n, n_tokens, n_embd_text].")
+        .def_prop_ro("hparams", &VisionEncoder::hparams, nb::rv_policy::reference_internal);
+
+    m.def("devices", &devices, "Every device that ggml was built with and finds on this machine.");
+    m.def("gguf_architecture", &gguf_architecture, "path"_a,
+          "The value of general.architecture. Raises ModelFileError when the file is no whole GGUF file.");
+}
+
+}  // namespace omnivlm

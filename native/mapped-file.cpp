@@ -1,0 +1,57 @@
+#include "mapped-file.h"
+
+#include "errors.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+namespace omnivlm {
+
+MappedFile::MappedFile(const std::string & path) {
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        throw ModelFileError(path + ": cannot be opened (" + std::strerror(errno) + "); check the path");
+    }
+    struct stat status{};
+    void *      mapping = MAP_FAILED;
+    const bool  regular = fstat(fd, &status) == 0 && S_ISREG(status.st_mode);
+    if (regular && status.st_size > 0) {
+        mapping = mmap(nullptr, static_cast<size_t>(status.st_size), PROT_READ, MAP_PRIVATE, fd, 0);
+    }
+    close(fd);
+    if (!regular) {
+        throw ModelFileError(path + ": is not a regular file; name a GGUF file");
+    }
+    if (status.st_size == 0) {
+        throw ModelFileError(path + ": is empty; download or convert it again");
+    }
+    if (mapping == MAP_FAILED) {
+        throw ModelFileError(path + ": cannot be mapped into memory (" + std::strerror(errno) + ")");
+    }
+    data_ = static_cast<char *>(mapping);
+    size_ = static_cast<size_t>(status.st_size);
+}
+
+MappedFile::~MappedFile() {
+    if (data_ != nullptr) {
+        munmap(data_, size_);
+    }
+}
+
+MappedFile::MappedFile(MappedFile && other) noexcept {
+    *this = std::move(other);
+}
+
+MappedFile & MappedFile::operator=(MappedFile && other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+}
+
+}  // namespace omnivlm

@@ -1,0 +1,30 @@
+// A whole file mapped read-only into memory; unmapped on destruction.
+
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+namespace omnivlm {
+
+class MappedFile {
+  public:
+    MappedFile() = default;
+    explicit MappedFile(const std::string & path);  // throws ModelFileError
+    ~MappedFile();
+
+    MappedFile(MappedFile && other) noexcept;
+    MappedFile & operator=(MappedFile && other) noexcept;
+    MappedFile(const MappedFile &)             = delete;
+    MappedFile & operator=(const MappedFile &) = delete;
+
+    char * data() const { return data_; }  // page-aligned
+
+    size_t size() const { return size_; }
+
+  private:
+    char * data_ = nullptr;
+    size_t size_ = 0;
+};
+
+}  // namespace omnivlm

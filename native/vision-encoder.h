@@ -1,0 +1,39 @@
+// Owns a vision model on one device and runs it: pixels in, image tokens out.
+
+#pragma once
+
+#include "vision-graph.h"
+#include "vision-model.h"
+
+#include <mutex>
+#include <string>
+
+namespace omnivlm {
+
+class VisionEncoder {
+  public:
+    // `device` is a name from ggml's backend registry. `n_threads` matters to the CPU alone.
+    // Throws ModelFileError, DeviceError.
+    VisionEncoder(const std::string & path, const std::string & device, int n_threads);
+
+    // pixels: float32 [n_images, 3, image_size, image_size], normalised; row-major
+    // tokens: float32 [n_images, n_tokens, n_embd_text], written
+    // Safe to call from several threads; calls run one after the other. Throws DeviceError.
+    void encode(const float * pixels, int64_t n_images, float * tokens);
+
+    const VisionHparams & hparams() const { return model_.hparams; }
+
+  private:
+    void prepare(int64_t n_images);
+    void encode_batch(const float * pixels, int64_t n_images, float * tokens);
+
+    std::string      device_name_;
+    ggml_backend_ptr backend_;
+    VisionModel      model_;
+    ggml_gallocr_ptr allocator_;
+    VisionGraph      graph_;
+    int64_t          graph_images_ = 0;  // batch size that graph_ was built for
+    std::mutex       mutex_;
+};
+
+}  // namespace omnivlm

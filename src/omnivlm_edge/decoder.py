@@ -1,0 +1,366 @@
+"""Stage 4: tokens and image embeddings -> sampled tokens, on llama.cpp. The only llama_cpp import.
+
+One context holds several sequences; `decode` advances any number of them in one step.
+"""
+
+from __future__ import annotations
+
+import codecs
+import collections
+import ctypes
+import functools
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from ._native import Device
+from .errors import (
+    BusyError,
+    ClosedError,
+    ContextOverflowError,
+    DeviceError,
+    ModelFileError,
+    PromptError,
+)
+from .prompt import Piece
+from .values import GenerateOptions
+
+logger = logging.getLogger("omnivlm_edge.llama")
+
+Tokens: TypeAlias = "list[int]"
+Embeddings: TypeAlias = "npt.NDArray[np.float32]"  # [n_positions, n_embd]
+
+_MAX_BATCH = 2048  # positions handed to llama.cpp at once
+_REPEAT_WINDOW = 64  # tokens that repeat_penalty looks back on; llama.cpp's default
+
+
+class TokenSequence:
+    """One conversation's place in the context. Made by `TextDecoder.open`, given back by `close`.
+
+    `position` counts the positions in the context, `last_token` is the newest sampled token (not
+    yet in the context), `at_end` is true once that token ends the generation.
+    """
+
+    def __init__(self, seq_id: int, sampler: Any) -> None:
+        self.seq_id = seq_id
+        self.position = 0
+        self.last_token = -1
+        self.at_end = False
+        self._sampler = sampler
+        self._output_index = -1
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+
+class TextDecoder:
+    """A text model with one context. Safe to call from several threads; calls are serialised.
+
+    Raises ModelFileError when the file cannot be loaded, DeviceError when memory runs out.
+    """
+
+    def __init__(
+        self, path: Path, device: Device, *, n_ctx: int, n_threads: int, n_sequences: int = 1
+    ) -> None:
+        _initialise_backend()
+        self._lock = threading.Lock()
+        self._model = _load_model(path, device)
+        # llama.cpp's objects are freed in this order, once, by close() or with this object.
+        self._owned: list[Any] = [functools.partial(llama_cpp.llama_model_free, self._model)]
+        self._finalizer = weakref.finalize(self, _free_all, self._owned)
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        n_ctx_train = llama_cpp.llama_model_n_ctx_train(self._model)
+        self._context = _new_context(
+            self._model, device, min(n_ctx, n_ctx_train), n_threads, n_sequences
+        )
+        self._owned.insert(0, functools.partial(llama_cpp.llama_free, self._context))
+        self._n_batch = llama_cpp.llama_n_batch(self._context)
+        self._batch = llama_cpp.llama_batch_init(self._n_batch, 0, 1)
+        self._owned.insert(0, functools.partial(llama_cpp.llama_batch_free, self._batch))
+        self._free_ids = list(range(n_sequences))
+        self._piece_buffer = ctypes.create_string_buffer(256)
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions in the context: at most what was asked for and what the model was trained on."""
+        return int(llama_cpp.llama_n_ctx(self._open_context()))
+
+    @property
+    def n_embd(self) -> int:
+        """Width of one position's embedding."""
+        self._open_context()
+        return int(llama_cpp.llama_model_n_embd_inp(self._model))
+
+    def tokenize(self, pieces: Sequence[Piece], *, start: bool = False) -> Tokens:
+        """Pieces of a prompt -> token ids.
+
+        Only pieces marked special may become control tokens; plain text that looks like one stays
+        text. `start` adds the beginning-of-sequence token for models that want it.
+        """
+        self._open_context()
+        tokens: Tokens = []
+        for piece in pieces:
+            tokens += self._tokenize(piece, add_bos=start and not tokens)
+        return tokens
+
+    def special_token(self, text: str) -> int:
+        """The id of a control token. Raises ModelFileError when the vocabulary has none."""
+        return self.tokenize([Piece(text, special=True)])[0]
+
+    def open(self, options: GenerateOptions) -> TokenSequence:
+        """Claims a sequence of the context. Raises BusyError when all are taken, PromptError for an
+        option out of its range."""
+        check_options(options)
+        with self._lock:
+            self._open_context()
+            if not self._free_ids:
+                raise BusyError("another answer is still being generated; finish or close it first")
+            return TokenSequence(self._free_ids.pop(), _new_sampler(options))
+
+    def close_sequence(self, sequence: TokenSequence) -> None:
+        """Gives a sequence back; harmless after `close`."""
+        with self._lock:
+            if sequence.seq_id < 0:
+                return
+            llama_cpp.llama_sampler_free(sequence._sampler)
+            if self._finalizer.alive:
+                memory = llama_cpp.llama_get_memory(self._context)
+                llama_cpp.llama_memory_seq_rm(memory, sequence.seq_id, -1, -1)
+                self._free_ids.append(sequence.seq_id)
+            sequence.seq_id = -1
+
+    def prefill(self, sequence: TokenSequence, parts: Sequence[Tokens | Embeddings]) -> None:
+        """Appends tokens and embeddings to a sequence; logits are kept for the last position only.
+
+        Raises ContextOverflowError before any work when the parts do not fit.
+        """
+        total = sum(len(part) for part in parts)
+        if sequence.position + total > self.n_ctx:
+            raise ContextOverflowError(
+                f"{sequence.position + total} positions do not fit into the context of {self.n_ctx}"
+            )
+        chunks = [chunk for part in parts for chunk in self._chunks(part)]
+        with self._lock:
+            self._open_context()
+            for i, chunk in enumerate(chunks):
+                self._append(sequence, chunk, with_logits=i == len(chunks) - 1)
+
+    def decode(self, sequences: Sequence[TokenSequence]) -> None:
+        """One step: appends the last sampled token of every sequence, all in one batch."""
+        with self._lock:
+            context = self._open_context()
+            batch = self._batch
+            batch.n_tokens = len(sequences)
+            for i, sequence in enumerate(sequences):
+                batch.token[i] = sequence.last_token
+                _set_position(batch, i, sequence, sequence.position, with_logits=True)
+            _check_decode(llama_cpp.llama_decode(context, batch))
+            for i, sequence in enumerate(sequences):
+                sequence.position += 1
+                sequence._output_index = i
+
+    def sample(self, sequence: TokenSequence) -> int:
+        """Samples the next token from the sequence's newest logits and remembers it."""
+        with self._lock:
+            context = self._open_context()
+            token = int(
+                llama_cpp.llama_sampler_sample(sequence._sampler, context, sequence._output_index)
+            )
+            sequence.last_token = token
+            sequence.at_end = bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+            return token
+
+    def text(self, sequence: TokenSequence, *, final: bool = False) -> str:
+        """What the last sampled token adds to the text.
+
+        Bytes of a character that is not complete yet are held back until it is; with `final` no
+        token is added and what is left comes out as U+FFFD. Control tokens have no text.
+        """
+        if final:
+            return sequence._utf8.decode(b"", final=True)
+        return sequence._utf8.decode(self._piece(sequence.last_token))
+
+    def logits(self, sequence: TokenSequence) -> npt.NDArray[np.float32]:
+        """A copy of the newest logits of a sequence, float32 [n_vocab]."""
+        with self._lock:
+            context = self._open_context()
+            pointer = llama_cpp.llama_get_logits_ith(context, sequence._output_index)
+            n_vocab = llama_cpp.llama_vocab_n_tokens(self._vocab)
+            return np.ctypeslib.as_array(pointer, shape=(n_vocab,)).copy()
+
+    def close(self) -> None:
+        """Frees the model and its context. Waits for a running step; may be called again."""
+        with self._lock:
+            self._finalizer()
+
+    def _open_context(self) -> Any:
+        if not self._finalizer.alive:
+            raise ClosedError("the model was closed; make a new one")
+        return self._context
+
+    def _tokenize(self, piece: Piece, *, add_bos: bool) -> Tokens:
+        text = piece.text.encode()
+        capacity = len(text) + 2  # a token is at least one byte; BOS and EOS at most
+        buffer = (llama_cpp.llama_token * capacity)()
+        count = llama_cpp.llama_tokenize(
+            self._vocab, text, len(text), buffer, capacity, add_bos, piece.special
+        )
+        if piece.special and (count != 1 + (add_bos and self._adds_bos())):
+            raise ModelFileError(
+                f"the text model's vocabulary has no token {piece.text}: "
+                "it does not belong to an OmniVLM model with this prompt variant"
+            )
+        return list(buffer[:count])
+
+    def _adds_bos(self) -> bool:
+        return bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+
+    def _piece(self, token: int) -> bytes:
+        buffer = self._piece_buffer
+        size = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        if size < 0:
+            self._piece_buffer = ctypes.create_string_buffer(-size)
+            return self._piece(token)
+        return buffer.raw[:size]
+
+    def _chunks(self, part: Tokens | Embeddings) -> Iterator[Tokens | Embeddings]:
+        for start in range(0, len(part), self._n_batch):
+            yield part[start : start + self._n_batch]
+
+    def _append(
+        self, sequence: TokenSequence, chunk: Tokens | Embeddings, *, with_logits: bool
+    ) -> None:
+        is_text = isinstance(chunk, list)
+        batch = self._batch if is_text else llama_cpp.llama_batch_init(len(chunk), self.n_embd, 1)
+        try:
+            batch.n_tokens = len(chunk)
+            if isinstance(chunk, list):
+                batch.token[: len(chunk)] = chunk
+            else:
+                data = np.ascontiguousarray(chunk, dtype=np.float32)
+                ctypes.memmove(batch.embd, data.ctypes.data, data.nbytes)
+            for i in range(len(chunk)):
+                last = with_logits and i == len(chunk) - 1
+                _set_position(batch, i, sequence, sequence.position + i, with_logits=last)
+            _check_decode(llama_cpp.llama_decode(self._context, batch))
+        finally:
+            if not is_text:
+                llama_cpp.llama_batch_free(batch)
+        sequence.position += len(chunk)
+        sequence._output_index = len(chunk) - 1
+
+
+def check_options(options: GenerateOptions) -> None:
+    """Raises PromptError naming the first option that is out of its range."""
+    ranges = [
+        ("max_tokens", options.max_tokens >= 1, "at least 1"),
+        ("temperature", 0 <= options.temperature < math.inf, "0 or more"),
+        ("top_k", options.top_k >= 0, "0 (off) or more"),
+        ("top_p", 0 < options.top_p <= 1, "above 0 and at most 1"),
+        ("min_p", 0 <= options.min_p < 1, "at least 0 and below 1"),
+        ("repeat_penalty", 0 < options.repeat_penalty < math.inf, "above 0"),
+        ("seed", options.seed is None or 0 <= options.seed < 2**32, "between 0 and 2^32 - 1"),
+    ]
+    for name, valid, wanted in ranges:
+        if not valid:
+            raise PromptError(f"{name} is {getattr(options, name)}, it must be {wanted}")
+
+
+def _set_position(
+    batch: Any, i: int, sequence: TokenSequence, position: int, *, with_logits: bool
+) -> None:
+    batch.pos[i] = position
+    batch.n_seq_id[i] = 1
+    batch.seq_id[i][0] = sequence.seq_id
+    batch.logits[i] = with_logits
+
+
+def _check_decode(status: int) -> None:
+    if status == 1:
+        raise ContextOverflowError("the context is full: close other answers or raise n_ctx")
+    if status != 0:
+        raise DeviceError(f"llama.cpp failed while it computed the answer (status {status})")
+
+
+def _new_sampler(options: GenerateOptions) -> Any:
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+
+    def add(sampler: Any) -> None:
+        llama_cpp.llama_sampler_chain_add(chain, sampler)
+
+    if options.repeat_penalty != 1.0:
+        add(
+            llama_cpp.llama_sampler_init_penalties(_REPEAT_WINDOW, options.repeat_penalty, 0.0, 0.0)
+        )
+    if options.temperature == 0:
+        add(llama_cpp.llama_sampler_init_greedy())
+        return chain
+    seed = llama_cpp.LLAMA_DEFAULT_SEED if options.seed is None else options.seed
+    add(llama_cpp.llama_sampler_init_top_k(options.top_k))
+    add(llama_cpp.llama_sampler_init_top_p(options.top_p, 1))
+    add(llama_cpp.llama_sampler_init_min_p(options.min_p, 1))
+    add(llama_cpp.llama_sampler_init_temp(options.temperature))
+    add(llama_cpp.llama_sampler_init_dist(seed))
+    return chain
+
+
+def _load_model(path: Path, device: Device) -> Any:
+    params = llama_cpp.llama_model_default_params()
+    # A null-terminated list of devices; an empty one keeps everything on the CPU.
+    handles = (ctypes.c_void_p * 2)(None if device.kind == "cpu" else device.handle, None)
+    params.devices = ctypes.cast(handles, ctypes.c_void_p)
+    params.n_gpu_layers = 0 if device.kind == "cpu" else 999
+    _errors.clear()
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        reason = "; ".join(_errors) or "unknown reason"
+        raise ModelFileError(f"{path}: llama.cpp cannot load this text model ({reason})")
+    return model
+
+
+def _new_context(model: Any, device: Device, n_ctx: int, n_threads: int, n_sequences: int) -> Any:
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = n_ctx
+    params.n_batch = min(n_ctx, _MAX_BATCH)
+    params.n_seq_max = n_sequences
+    params.kv_unified = True  # the sequences share all positions instead of an equal part each
+    params.n_threads = n_threads
+    params.n_threads_batch = n_threads
+    params.offload_kqv = device.kind != "cpu"
+    params.op_offload = device.kind != "cpu"
+    context = llama_cpp.llama_init_from_model(model, params)
+    if not context:
+        raise DeviceError(
+            f"no memory for a context of {n_ctx} positions on {device.name}: lower n_ctx"
+        )
+    return context
+
+
+def _free_all(owned: list[Any]) -> None:
+    for free in owned:
+        free()
+
+
+# llama.cpp reports the reason of a failed load through its log alone.
+_errors: collections.deque[str] = collections.deque(maxlen=4)
+_ERROR = 3  # GGML_LOG_LEVEL_ERROR
+
+
+@llama_cpp.llama_log_callback
+def _on_log(level: int, text: bytes, _: Any) -> None:
+    line = text.decode("utf-8", "replace").strip()
+    if level == _ERROR and line:
+        _errors.append(line)
+    logger.debug("%s", line)
+
+
+@functools.cache
+def _initialise_backend() -> None:
+    llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()

@@ -1,0 +1,43 @@
+"""Which of ggml's devices the model runs on. Devices come from ggml's registry at run time."""
+
+from __future__ import annotations
+
+from . import _native
+from ._native import Device
+from .errors import DeviceError
+
+# Names that users type -> how ggml's device names begin.
+_PREFIXES = {"cuda": "CUDA", "metal": "MTL", "vulkan": "Vulkan", "sycl": "SYCL", "rocm": "ROCm"}
+
+
+def available_devices() -> list[Device]:
+    """Every device that llama-cpp-python's ggml was built with and finds on this machine."""
+    return _native.devices()
+
+
+def select_device(name: str) -> Device:
+    """Finds a device by name, case-insensitive.
+
+    `auto` is the first GPU if there is one, else the CPU; `cpu`, `cuda`, `metal`, `vulkan`… name a
+    kind; anything else must be a name from ggml's registry, such as `CUDA1`.
+
+    Raises DeviceError naming the devices that exist.
+    """
+    devices = available_devices()
+    wanted = name.lower()
+    if wanted in ("auto", "gpu"):
+        matches = [d for d in devices if d.kind == "gpu"] + [d for d in devices if d.kind == "igpu"]
+        if wanted == "auto":
+            matches += [d for d in devices if d.kind == "cpu"]
+    elif wanted in _PREFIXES:
+        prefix = _PREFIXES[wanted].lower()
+        matches = [d for d in devices if d.name.lower().startswith((prefix, wanted))]
+    else:
+        matches = [d for d in devices if d.name.lower() == wanted]
+    if matches:
+        return matches[0]
+    hint = ""
+    if wanted == "gpu" or wanted in _PREFIXES:
+        hint = "; llama-cpp-python must be built for it (see the README)"
+    names = ", ".join(d.name for d in devices)
+    raise DeviceError(f"device '{name}' does not exist here: there is {names}{hint}")

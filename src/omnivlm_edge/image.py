@@ -1,0 +1,109 @@
+"""Stage 1: a picture from anywhere -> normalised float32 pixels.
+
+Follows the training's preprocessing (Pillow convert and bicubic resize straight to the square that
+the model sees, no cropping, no padding), not the original runtime's own resampling.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from .errors import ImageError
+
+ImageSource: TypeAlias = (
+    "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | npt.NDArray[np.uint8]"
+)
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """Opens a picture as RGB: upright by its EXIF orientation, transparency on white, first frame.
+
+    `source` is a path, the bytes of an image file, a binary file object, a Pillow image, or a uint8
+    array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+
+    Raises ImageError when the file is absent, is no picture, is damaged, or is so large that
+    decoding it could exhaust the memory (Pillow's decompression-bomb limit).
+    """
+    name, opened = _open(source)
+    try:
+        with warnings.catch_warnings():
+            # Between one and two times its limit Pillow only warns; such phone pictures are real.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = opened if isinstance(opened, Image.Image) else Image.open(opened)
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as exc:
+        raise ImageError(f"{name}: has too many pixels to be decoded safely; shrink it") from exc
+    except MemoryError as exc:
+        raise ImageError(f"{name}: does not fit into memory; shrink it") from exc
+    except Exception as exc:  # Pillow's decoders raise whatever damaged data leads them to
+        raise ImageError(f"{name}: is not a picture that can be decoded ({exc})") from exc
+
+
+def preprocess(
+    image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]
+) -> npt.NDArray[np.float32]:
+    """RGB image -> float32 [3, size, size]: Pillow bicubic, then (x / 255 - mean) / std."""
+    resized = image.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = np.asarray(resized, dtype=np.float32) / np.float32(255)  # [size, size, 3]
+    pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _open(source: ImageSource) -> tuple[str, Image.Image | BinaryIO]:
+    """A name for messages and what Pillow shall open."""
+    if isinstance(source, Image.Image):
+        return "the image", source
+    if isinstance(source, np.ndarray):
+        return "the array", _from_array(source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return "the image data", io.BytesIO(source)
+    if isinstance(source, str | os.PathLike):
+        return str(source), _read_file(Path(source))
+    if hasattr(source, "read"):
+        return getattr(source, "name", "the file object"), io.BytesIO(source.read())
+    raise ImageError(
+        f"a picture cannot be made from {type(source).__name__}: "
+        "give a path, bytes, a file object, a Pillow image or a uint8 array"
+    )
+
+
+def _read_file(path: Path) -> BinaryIO:
+    try:
+        return io.BytesIO(path.read_bytes())
+    except FileNotFoundError as exc:
+        raise ImageError(f"{path}: there is no such file") from exc
+    except (OSError, ValueError) as exc:
+        reason = getattr(exc, "strerror", None) or exc
+        raise ImageError(f"{path}: cannot be read ({reason})") from exc
+
+
+def _from_array(array: npt.NDArray[np.uint8]) -> Image.Image:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4):
+        raise ImageError(
+            f"an array of shape {list(array.shape)} and type {array.dtype} is no picture: "
+            "it must be uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]"
+        )
+    if array.size == 0:
+        raise ImageError(f"an array of shape {list(array.shape)} holds no pixels")
+    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and channels == 1 else array)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # 16-bit grey; Pillow's own conversion would clip at 255 instead of scaling.
+        grey = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")

@@ -1,0 +1,33 @@
+"""Stages 2 and 3: pixels -> image tokens, by the native vision encoder and projector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ._native import Device, VisionEncoder, VisionHparams
+
+__all__ = ["Vision"]
+
+
+class Vision:
+    """The vision path of one mmproj file on one device.
+
+    Raises ModelFileError when the file cannot be used, DeviceError when the device fails.
+    """
+
+    def __init__(self, path: Path, device: Device, n_threads: int) -> None:
+        self._encoder = VisionEncoder(str(path), device.name, n_threads)
+
+    @property
+    def hparams(self) -> VisionHparams:
+        return self._encoder.hparams
+
+    def encode(self, pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """float32 [n, 3, image_size, image_size] -> float32 [n, n_tokens, n_embd_text].
+
+        Releases the GIL; calls from several threads run one after the other.
+        """
+        return self._encoder.encode(pixels)
