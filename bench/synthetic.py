@@ -16,7 +16,7 @@ import random
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from math import prod
 from pathlib import Path
@@ -103,7 +103,7 @@ class Noise:
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._block = np.random.default_rng(seed).standard_normal(1_048_573, dtype=np.float32)
-        self._scaled = lru_cache(maxsize=8)(self._scale)
+        self._scaled: Callable[..., npt.NDArray[Any]] = lru_cache(maxsize=8)(self._scale)
 
     def tensor(
         self, name: str, shape: tuple[int, ...], target: GGMLType, scale: float, mean: float = 0.0
@@ -120,8 +120,10 @@ class Noise:
         return out.reshape(shape)
 
     def _scale(self, target: GGMLType, scale: float, mean: float) -> npt.NDArray[Any]:
+        values = self._block * np.float32(scale) + np.float32(mean)
         dtype = np.float16 if target is GGMLType.F16 else np.float32
-        return (self._block * np.float32(scale) + np.float32(mean)).astype(dtype)
+        scaled: npt.NDArray[Any] = values.astype(dtype)
+        return scaled
 
     def plan(self, name: str, shape: tuple[int, ...], target: GGMLType) -> OutTensor:
         """Scales under which activations neither explode nor vanish."""
@@ -240,18 +242,19 @@ def vocabulary(seed: int) -> Vocabulary:
     tokens = [alphabet[byte] for byte in range(256)]
     tokens += [left + right for left, right in merges]
     known = set(tokens)
-    pool = [token for token in tokens if token == space or token.lstrip(space).isascii()]
-    pool = [token for token in pool if token == space or token.lstrip(space).isalpha()]
+    stems = [t for t in tokens if t.lstrip(space).isascii() and t.lstrip(space).isalpha()]
+    tails = [token for token in stems if len(token) < 4 and not token.startswith(space)]
     rng = random.Random(seed)
     while len(tokens) < FIRST_ADDED:
-        left, right = rng.choice(pool), rng.choice(pool)
-        joined = left + right
-        if right.startswith(space) or len(joined) > 9 or joined in known:
+        pair = rng.choice(stems), rng.choice(tails)
+        joined = "".join(pair)
+        if joined in known:
             continue
-        merges.append((left, right))
-        for collection in (tokens, pool):
-            collection.append(joined)
         known.add(joined)
+        tokens.append(joined)
+        merges.append(pair)
+        if len(joined) < 8:  # so tokens are about as long as the real ones
+            stems.append(joined)
     return _with_added(tokens, [" ".join(pair) for pair in merges])
 
 

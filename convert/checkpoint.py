@@ -140,13 +140,15 @@ def _stores_head(checkpoint: Path, text: TextConfig, tensors: dict[str, SourceTe
     """Whether the language model has an output matrix of its own."""
     if text.tied is None:
         return LM_HEAD in tensors
-    if text.tied and LM_HEAD in tensors and TOKEN_EMBEDDING in tensors:
-        if not same_values(tensors[LM_HEAD], tensors[TOKEN_EMBEDDING]):
-            raise ConvertError(
-                f"{checkpoint}: tie_word_embeddings is true, but {LM_HEAD} differs from "
-                f"{TOKEN_EMBEDDING}; set it to false if the stored matrix is right"
-            )
-    return not text.tied
+    if not text.tied:
+        return True
+    head, embedding = tensors.get(LM_HEAD), tensors.get(TOKEN_EMBEDDING)
+    if head is not None and embedding is not None and not same_values(head, embedding):
+        raise ConvertError(
+            f"{checkpoint}: tie_word_embeddings is true, but {LM_HEAD} differs from "
+            f"{TOKEN_EMBEDDING}; set it to false if the stored matrix is right"
+        )
+    return False
 
 
 def _match(rules: Iterable[Rule], tensors: dict[str, SourceTensor], checkpoint: Path) -> list[Rule]:

@@ -9,6 +9,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -82,7 +83,9 @@ std::vector<Device> devices() {
 void translate(const std::exception_ptr & error, void *) {
     const auto raise = [](const char * name, const char * message) {
         const nb::object type = nb::module_::import_("omnivlm_edge.errors").attr(name);
-        PyErr_SetString(type.ptr(), message);
+        // A damaged file's names need not be UTF-8.
+        const nb::object text = nb::steal(PyUnicode_DecodeUTF8(message, static_cast<Py_ssize_t>(std::strlen(message)), "replace"));
+        PyErr_SetObject(type.ptr(), text.ptr());
     };
     try {
         std::rethrow_exception(error);

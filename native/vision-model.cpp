@@ -15,16 +15,64 @@ namespace {
 constexpr int64_t MAX_DIMENSION = 1 << 17;  // far above any tower, far below any integer overflow
 constexpr size_t  CPU_ALIGNMENT = 32;       // what ggml's CPU kernels expect of a tensor's address
 
+// While it lives, ggml's error messages of this thread are collected instead of printed.
+class LogCapture {
+  public:
+    LogCapture() {
+        ggml_log_get(&previous_, &previous_data_);
+        text().clear();
+        ggml_log_set(collect, nullptr);
+    }
+
+    ~LogCapture() { ggml_log_set(previous_, previous_data_); }
+
+    LogCapture(const LogCapture &)             = delete;
+    LogCapture & operator=(const LogCapture &) = delete;
+
+    // The first message, without ggml's function name and line end.
+    static std::string reason() {
+        const std::string line  = text().substr(0, text().find('\n'));
+        const size_t      colon = line.find(": ");
+        return colon == std::string::npos ? line : line.substr(colon + 2);
+    }
+
+  private:
+    static std::string & text() {
+        thread_local std::string collected;
+        return collected;
+    }
+
+    static void collect(ggml_log_level level, const char * message, void *) {
+        if (level == GGML_LOG_LEVEL_ERROR) {
+            text() += message;
+        }
+    }
+
+    ggml_log_callback previous_      = nullptr;
+    void *            previous_data_ = nullptr;
+};
+
 gguf_context_ptr parse_gguf(const std::string & path, const MappedFile & file, ggml_context ** meta) {
     if (file.size() < 4 || std::memcmp(file.data(), "GGUF", 4) != 0) {
         throw ModelFileError(path + ": is not a GGUF file");
     }
     const gguf_init_params params = { /*.no_alloc =*/true, /*.ctx =*/meta };
+    const LogCapture       log;
     gguf_context_ptr       gguf(gguf_init_from_buffer(file.data(), file.size(), params));
     if (!gguf) {
-        throw ModelFileError(path + ": its GGUF header is damaged or cut off; download or convert it again");
+        throw ModelFileError(path + ": is damaged or cut off (" + LogCapture::reason() + "); download or convert it again");
     }
     return gguf;
+}
+
+std::string string_value(const std::string & path, const gguf_context_ptr & gguf, int64_t id) {
+    const std::string value = gguf_get_val_str(gguf.get(), id);
+    for (const char c : value) {
+        if (c < ' ' || c > '~') {
+            throw ModelFileError(path + ": key " + gguf_get_key(gguf.get(), id) + " is not plain text; download or convert it again");
+        }
+    }
+    return value;
 }
 
 // Typed, checked access to the keys and tensors of one file.
@@ -41,7 +89,7 @@ class Reader {
     bool has_key(const std::string & key) const { return gguf_find_key(gguf_.get(), key.c_str()) >= 0; }
 
     std::string string(const std::string & key) const {
-        return gguf_get_val_str(gguf_.get(), require(key, GGUF_TYPE_STRING));
+        return string_value(path_, gguf_, require(key, GGUF_TYPE_STRING));
     }
 
     // A count or size: 1 .. MAX_DIMENSION.
@@ -366,7 +414,7 @@ std::string gguf_architecture(const std::string & path) {
     if (id < 0 || gguf_get_kv_type(gguf.get(), id) != GGUF_TYPE_STRING) {
         throw ModelFileError(path + ": key general.architecture is missing");
     }
-    return gguf_get_val_str(gguf.get(), id);
+    return string_value(path, gguf, id);
 }
 
 }  // namespace omnivlm

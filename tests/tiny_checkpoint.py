@@ -324,7 +324,8 @@ class _Draw:
         return self.rng.standard_normal(shape, dtype=np.float32)
 
     def matrix(self, rows: int, columns: int) -> Array:
-        return self.values(rows, columns) * np.float32(self.scale / columns**0.5)
+        values: Array = self.values(rows, columns) * np.float32(self.scale / columns**0.5)
+        return values
 
     def embeddings(self, rows: int, columns: int) -> Array:
         """Rows without a token are small, as training would leave them: they never win."""

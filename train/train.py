@@ -119,10 +119,14 @@ class DenseHeads(nn.Module):
         return loss, (unpacked.argmax(-1) == truth)[truth > 0].float().mean()
 
 
-def visible(segments: Tensor) -> Tensor:
-    """Segments [B, T] -> mask [B, 1, T, T]: a pair sees the prefix and itself, causally."""
+def attention_mask(segments: Tensor) -> Tensor:
+    """Segments [B, T] -> additive mask [B, 1, T, T]: a pair sees the prefix and itself, causally.
+
+    So each pair is computed as if it stood alone behind the prefix.
+    """
     query, key = segments[:, None, :, None], segments[:, None, None, :]
-    return ((key == 0) | (key == query)).tril()
+    hidden = ~((key == 0) | (key == query)).tril()
+    return torch.zeros(hidden.shape, dtype=torch.bfloat16).masked_fill(hidden, -1e9)
 
 
 def answer_loss(model: DemoVLM, image: Tensor, row: Tensor, weights: Tensor) -> Tensor:
@@ -130,7 +134,7 @@ def answer_loss(model: DemoVLM, image: Tensor, row: Tensor, weights: Tensor) -> 
     ids, segments, positions, targets = row.unbind(1)
     hidden = model.language_model.model(
         inputs_embeds=model.embed(ids, image),
-        attention_mask=visible(segments),
+        attention_mask=attention_mask(segments),
         position_ids=positions,
         use_cache=False,
     ).last_hidden_state

@@ -1,0 +1,428 @@
+"""The native vision encoder against the NumPy reference, and every way for a file to be wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import reference
+import tiny_gguf
+from tiny_gguf import VisionShape
+
+from omnivlm_edge import DeviceError, ModelFileError, _native
+
+SHAPES = {
+    "81 tokens style": VisionShape(),
+    "729 tokens style": VisionShape(n_merge=1),
+    "unused border pixels": VisionShape(image_size=50),
+    "wide head, odd mlp": VisionShape(image_size=84, n_embd=144, n_head=2, n_ff=538),
+    "other patch": VisionShape(image_size=48, patch_size=8, n_merge=4, n_head=1),
+}
+
+# Largest difference over the reference's largest value.
+MAX_ERROR = {"f32": 1e-3, "f16": 2e-3, "bf16": 1e-2}
+
+
+def encoder(path: Path, n_threads: int = 2) -> _native.VisionEncoder:
+    return _native.VisionEncoder(str(path), "CPU", n_threads)
+
+
+def random_pixels(shape: VisionShape, n: int = 1, seed: int = 1) -> np.ndarray:
+    size = (n, 3, shape.image_size, shape.image_size)
+    return np.random.default_rng(seed).uniform(-1, 1, size).astype(np.float32)
+
+
+def rounded(tensors: tiny_gguf.Tensors, dtype: str) -> tiny_gguf.Tensors:
+    """The weights as the file holds them."""
+    kind = gguf.GGMLQuantizationType[dtype.upper()]
+
+    def round_trip(data: np.ndarray) -> np.ndarray:
+        return gguf.quants.dequantize(gguf.quants.quantize(data, kind), kind).reshape(data.shape)
+
+    return {name: round_trip(data) if data.ndim > 1 else data for name, data in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", MAX_ERROR)
+@pytest.mark.parametrize("layout", ["clip", "siglip"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_encode_equals_the_reference(
+    tmp_path: Path, shape: VisionShape, layout: str, dtype: str
+) -> None:
+    path = tiny_gguf.write_mmproj(tmp_path / "mmproj.gguf", shape, layout=layout, dtype=dtype)
+    weights = rounded(tiny_gguf.random_tensors(shape), dtype)
+    gelu = "erf" if layout == "clip" else "tanh"
+    pixels = random_pixels(shape, n=2)
+
+    tokens = encoder(path).encode(pixels)
+
+    assert tokens.shape == (2, shape.n_tokens, shape.n_text)
+    assert tokens.dtype == np.float32
+    for image, got in zip(pixels, tokens, strict=True):
+        want = reference.encode(weights, shape, image, gelu)
+        cosine = (got * want).sum() / np.linalg.norm(got) / np.linalg.norm(want)
+        assert cosine >= 0.9999
+        assert np.abs(got - want).max() <= MAX_ERROR[dtype] * np.abs(want).max()
+
+
+def test_projector_gelu_follows_the_file(tmp_path: Path) -> None:
+    # Large projector inputs would hide the difference of the two GELUs; it is largest around 2.
+    shape = VisionShape()
+    tensors = tiny_gguf.random_tensors(shape)
+    got = {}
+    for gelu in ("erf", "tanh"):
+        keys = tiny_gguf.clip_keys(shape) | {"clip.vision.projector.gelu": gelu}
+        path = tiny_gguf.write_gguf(tmp_path / f"{gelu}.gguf", keys, tensors)
+        pixels = random_pixels(shape)
+        got[gelu] = encoder(path).encode(pixels)[0]
+        errors = {
+            kind: np.abs(got[gelu] - reference.encode(tensors, shape, pixels[0], kind)).max()
+            for kind in ("erf", "tanh")
+        }
+        assert not np.isnan(errors[gelu])
+    assert not np.array_equal(got["erf"], got["tanh"])
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 9, 20])
+def test_a_batch_equals_its_pictures_one_by_one(tmp_path: Path, n: int) -> None:
+    shape = VisionShape()
+    vision = encoder(tiny_gguf.write_mmproj(tmp_path / "mmproj.gguf", shape))
+    pixels = random_pixels(shape, n)
+    batch = vision.encode(pixels)
+    single = np.concatenate([vision.encode(pixels[i : i + 1]) for i in range(n)])
+    np.testing.assert_allclose(batch, single, rtol=1e-4, atol=1e-5)
+
+
+def test_an_empty_batch_gives_no_tokens(tmp_path: Path) -> None:
+    shape = VisionShape()
+    vision = encoder(tiny_gguf.write_mmproj(tmp_path / "mmproj.gguf", shape))
+    assert vision.encode(random_pixels(shape, 0)).shape == (0, shape.n_tokens, shape.n_text)
+
+
+def test_quantized_weights_load(tmp_path: Path) -> None:
+    shape = VisionShape(n_ff=64, n_proj=64)
+    tensors = tiny_gguf.random_tensors(shape)
+    exact = encoder(tiny_gguf.write_gguf(tmp_path / "f32.gguf", tiny_gguf.clip_keys(shape), tensors))
+    writer = gguf.GGUFWriter(tmp_path / "q8_0.gguf", "clip")
+    for key, value in tiny_gguf.clip_keys(shape).items():
+        if key != "general.architecture":
+            tiny_gguf._add_key(writer, key, value)
+    q8_0 = gguf.GGMLQuantizationType.Q8_0
+    for name, data in tensors.items():
+        if data.ndim == 2:
+            writer.add_tensor(name, gguf.quants.quantize(data, q8_0), raw_dtype=q8_0)
+        else:
+            writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    pixels = random_pixels(shape)
+    got, want = encoder(tmp_path / "q8_0.gguf").encode(pixels), exact.encode(pixels)
+    assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_unused_head_tensors_are_ignored(tmp_path: Path) -> None:
+    shape = VisionShape()
+    tensors = tiny_gguf.siglip_names(tiny_gguf.random_tensors(shape))
+    plain = tiny_gguf.write_gguf(tmp_path / "plain.gguf", tiny_gguf.siglip_keys(shape), tensors)
+    tensors["v.head.probe"] = np.full(shape.n_embd, np.nan, np.float32)
+    tensors["v.head.attention.in_weight"] = np.full((96, 32), np.nan, np.float32)
+    headed = tiny_gguf.write_gguf(tmp_path / "head.gguf", tiny_gguf.siglip_keys(shape), tensors)
+    pixels = random_pixels(shape)
+    assert np.array_equal(encoder(plain).encode(pixels), encoder(headed).encode(pixels))
+
+
+def test_hparams_come_from_the_file(tmp_path: Path) -> None:
+    shape = VisionShape(image_size=50, n_merge=3)
+    hparams = encoder(tiny_gguf.write_mmproj(tmp_path / "mmproj.gguf", shape)).hparams
+    assert (hparams.image_size, hparams.patch_size, hparams.n_merge) == (50, 14, 3)
+    assert (hparams.n_tokens, hparams.n_embd_text) == (3, 64)
+    assert hparams.prompt_variant == "vlm-81-instruct"
+    assert list(hparams.image_mean) == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((3, 42, 42), np.float32),
+        np.zeros((1, 3, 42, 43), np.float32),
+        np.zeros((1, 1, 42, 42), np.float32),
+        np.zeros((1, 3, 42, 42), np.float64),
+        np.zeros((1, 3, 42, 84), np.float32)[..., ::2],
+    ],
+    ids=["no batch", "size", "channels", "float64", "strided"],
+)
+def test_wrong_pixels_are_refused(tmp_path: Path, pixels: np.ndarray) -> None:
+    vision = encoder(tiny_gguf.write_mmproj(tmp_path / "mmproj.gguf"))
+    with pytest.raises((TypeError, ValueError)):
+        vision.encode(pixels)
+
+
+def test_threads_may_share_an_encoder(tmp_path: Path) -> None:
+    shape = VisionShape()
+    vision = encoder(tiny_gguf.write_mmproj(tmp_path / "mmproj.gguf", shape))
+    pixels = random_pixels(shape, 4)
+    want = vision.encode(pixels)
+    got: list[Any] = [None] * 8
+
+    def work(i: int) -> None:
+        got[i] = [vision.encode(pixels[: 1 + i % 4]) for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, results in enumerate(got):
+        for result in results:
+            np.testing.assert_allclose(result, want[: 1 + i % 4], rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_device(tmp_path: Path) -> None:
+    path = tiny_gguf.write_mmproj(tmp_path / "mmproj.gguf")
+    with pytest.raises(DeviceError, match="'TPU0' does not exist"):
+        _native.VisionEncoder(str(path), "TPU0", 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_ggml_lives_in_the_process() -> None:
+    script = (
+        "import omnivlm_edge, llama_cpp\n"
+        "print(*{l.split()[-1] for l in open('/proc/self/maps') if 'ggml-base' in l})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert len(result.stdout.split()) == 1
+
+
+# --- files that are wrong -------------------------------------------------------------------------
+
+Keys = dict[str, Any]
+Edit = Callable[[Keys, Keys], object]  # changes keys, tensors in place
+
+
+def setting(key: str, value: Any) -> Edit:
+    return lambda keys, tensors: keys.update({key: value})
+
+
+def without_key(key: str) -> Edit:
+    return lambda keys, tensors: keys.pop(key)
+
+
+def without_tensor(name: str) -> Edit:
+    return lambda keys, tensors: tensors.pop(name)
+
+
+def tensor(name: str, data: np.ndarray) -> Edit:
+    return lambda keys, tensors: tensors.update({name: data})
+
+
+V = "clip.vision."
+WRONG_CLIP_FILES: dict[str, tuple[Edit, str]] = {
+    "another architecture": (setting("general.architecture", "llama"), "architecture 'llama'"),
+    "another projector": (setting("clip.projector_type", "idefics3"), "projector type 'idefics3'"),
+    "no projector type": (without_key("clip.projector_type"), "projector type ''"),
+    "no image size": (without_key(V + "image_size"), "key clip.vision.image_size is missing"),
+    "no eps": (without_key(V + "attention.layer_norm_epsilon"), "layer_norm_epsilon is missing"),
+    "no variant": (without_key("clip.omnivlm.prompt_variant"), "prompt_variant is missing"),
+    "key of a wrong type": (setting(V + "block_count", "2"), "block_count has type str"),
+    "zero image": (setting(V + "image_size", 0), "image_size is 0"),
+    "huge image": (setting(V + "image_size", 4_000_000_000), "image_size is 4000000000"),
+    "zero patch": (setting(V + "patch_size", 0), "patch_size is 0"),
+    "patch over image": (setting(V + "patch_size", 43), "patch_size is larger than image_size"),
+    "zero layers": (setting(V + "block_count", 0), "block_count is 0"),
+    "too many layers": (setting(V + "block_count", 3), "v.blk.2.ln1.weight is missing"),
+    "huge layers": (setting(V + "block_count", 2**31), "block_count is"),
+    "zero heads": (setting(V + "attention.head_count", 0), "head_count is 0"),
+    "heads do not divide": (setting(V + "attention.head_count", 5), "head_count does not divide"),
+    "zero width": (setting(V + "embedding_length", 0), "embedding_length is 0"),
+    "another width": (setting(V + "embedding_length", 96), "merge_factor does not fit"),
+    "another mlp": (setting(V + "feed_forward_length", 56), "v.blk.0.ffn_up.weight has shape"),
+    "another image": (setting(V + "image_size", 84), "v.position_embd.weight has shape"),
+    "merge factor": (setting(V + "projector.merge_factor", 3), "merge_factor does not fit"),
+    "zero merge": (setting(V + "projector.merge_factor", 0), "merge_factor is 0"),
+    "text width": (setting(V + "projection_dim", 63), "projection_dim does not fit"),
+    "eps zero": (setting(V + "attention.layer_norm_epsilon", 0.0), "not between 0 and 1"),
+    "eps nan": (setting(V + "attention.layer_norm_epsilon", float("nan")), "not between 0 and 1"),
+    "unknown gelu": (setting(V + "projector.gelu", "relu"), "projector.gelu is 'relu'"),
+    "mean of two": (setting(V + "image_mean", [0.5, 0.5]), "image_mean is not an array of three"),
+    "mean of words": (setting(V + "image_mean", ["a", "b", "c"]), "image_mean is not an array"),
+    "mean infinite": (setting(V + "image_mean", [0.5, 0.5, float("inf")]), "not finite"),
+    "std zero": (setting(V + "image_std", [0.5, 0.0, 0.5]), "not positive"),
+    "no tensor": (without_tensor("v.blk.1.attn_k.weight"), "v.blk.1.attn_k.weight is missing"),
+    "no bias": (without_tensor("v.post_ln.bias"), "v.post_ln.bias is missing"),
+    "no projector": (without_tensor("mm.0.weight"), "mm.0.weight is missing"),
+    "projector rows": (
+        tensor("mm.0.weight", np.zeros((40, 33), np.float32)),
+        "mm.0.weight takes rows of 33 values",
+    ),
+    "merge does not divide": (
+        tensor("mm.0.weight", np.zeros((40, 64), np.float32)),
+        "mm.0.weight takes rows of 64 values",
+    ),
+    "projector inside": (tensor("mm.2.weight", np.zeros((64, 41), np.float32)), "mm.2.weight has"),
+    "misshapen": (tensor("v.post_ln.bias", np.zeros(31, np.float32)), "v.post_ln.bias has shape"),
+    "transposed": (
+        tensor("v.blk.0.ffn_up.weight", np.zeros((32, 48), np.float32)),
+        "v.blk.0.ffn_up.weight has shape",
+    ),
+    "half bias": (
+        tensor("v.blk.0.ln1.bias", np.zeros(32, np.float16)),
+        "v.blk.0.ln1.bias has type f16 instead of F32",
+    ),
+    "integer weights": (
+        tensor("v.blk.0.attn_v.weight", np.zeros((32, 32), np.int32)),
+        "v.blk.0.attn_v.weight has type i32",
+    ),
+    "double weights": (
+        tensor("mm.2.weight", np.zeros((64, 40), np.float64)),
+        "mm.2.weight has type f64",
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "message"), WRONG_CLIP_FILES.values(), ids=WRONG_CLIP_FILES)
+def test_wrong_clip_file(tmp_path: Path, edit: Edit, message: str) -> None:
+    shape = VisionShape()
+    keys, tensors = tiny_gguf.clip_keys(shape), tiny_gguf.random_tensors(shape)
+    edit(keys, tensors)
+    path = tiny_gguf.write_gguf(tmp_path / "mmproj.gguf", keys, tensors)
+    with pytest.raises(ModelFileError, match=message) as caught:
+        encoder(path)
+    assert str(caught.value).startswith(str(path))
+
+
+WRONG_SIGLIP_FILES: dict[str, tuple[Edit, str]] = {
+    "no heads": (without_key("siglip.vision.attention.head_count"), "head_count is missing"),
+    "zero patch": (setting("siglip.vision.patch_size", 0), "patch_size is 0"),
+    "no tensor": (without_tensor("v.blk.0.ffn_up.weight"), "v.blk.0.ffn_up.weight is missing"),
+    "names not swapped": (
+        tensor("v.blk.0.ffn_up.weight", np.zeros((48, 32), np.float32)),
+        "v.blk.0.ffn_up.weight has shape",
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "message"), WRONG_SIGLIP_FILES.values(), ids=WRONG_SIGLIP_FILES)
+def test_wrong_siglip_file(tmp_path: Path, edit: Edit, message: str) -> None:
+    shape = VisionShape()
+    keys = tiny_gguf.siglip_keys(shape)
+    tensors = tiny_gguf.siglip_names(tiny_gguf.random_tensors(shape))
+    edit(keys, tensors)
+    path = tiny_gguf.write_gguf(tmp_path / "mmproj.gguf", keys, tensors)
+    with pytest.raises(ModelFileError, match=message):
+        encoder(path)
+
+
+def test_absent_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="cannot be opened"):
+        encoder(tmp_path / "none.gguf")
+
+
+def test_directory(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="not a regular file"):
+        encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"GG", "not a GGUF file"), (b"\x89PNG\r\n" * 9, "not a GGUF file")],
+    ids=["empty", "short", "png"],
+)
+def test_not_gguf(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "mmproj.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelFileError, match=message):
+        encoder(path)
+
+
+def test_cut_header(tmp_path: Path) -> None:
+    path = tiny_gguf.write_mmproj(tmp_path / "mmproj.gguf")
+    path.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(ModelFileError, match="damaged or cut off"):
+        encoder(path)
+
+
+def test_cut_tensors(tmp_path: Path) -> None:
+    path = tiny_gguf.write_mmproj(tmp_path / "mmproj.gguf")
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ModelFileError, match="cut off"):
+        encoder(path)
+
+
+def test_unaligned_file_is_copied(tmp_path: Path) -> None:
+    """general.alignment below what the CPU wants: the weights cannot stay in the mapping."""
+    shape = VisionShape()
+    writer = gguf.GGUFWriter(tmp_path / "mmproj.gguf", "clip")
+    writer.add_custom_alignment(8)
+    for key, value in tiny_gguf.clip_keys(shape).items():
+        if key != "general.architecture":
+            tiny_gguf._add_key(writer, key, value)
+    tensors = tiny_gguf.random_tensors(shape)
+    writer.add_tensor("padding", np.zeros(2, np.float32))
+    for name, data in tensors.items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    pixels = random_pixels(shape)
+    got = encoder(tmp_path / "mmproj.gguf").encode(pixels)[0]
+    want = reference.encode(tensors, shape, pixels[0])
+    assert np.abs(got - want).max() <= MAX_ERROR["f32"] * np.abs(want).max()
+
+
+FUZZ = """
+import sys
+from pathlib import Path
+import numpy as np
+from omnivlm_edge import ModelFileError, _native
+
+valid, path, seed = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2]), int(sys.argv[3])
+header = int(sys.argv[4])
+rng = np.random.default_rng(seed)
+pixels = np.zeros((1, 3, 42, 42), np.float32)
+loaded = refused = 0
+for _ in range(int(sys.argv[5])):
+    data = bytearray(valid)
+    for _ in range(rng.integers(1, 4)):  # most of the structure is in the header
+        end = header if rng.random() < 0.9 else len(data)
+        data[rng.integers(end)] = rng.integers(256)
+    if rng.random() < 0.3:
+        del data[rng.integers(len(data)) :]
+    path.write_bytes(data)
+    try:
+        vision = _native.VisionEncoder(str(path), "CPU", 1)
+        assert vision.hparams.prompt_variant.isprintable()
+        if vision.hparams.image_size == 42:
+            vision.encode(pixels)
+        loaded += 1
+    except ModelFileError:
+        refused += 1
+print(loaded, refused)
+"""
+
+
+@pytest.mark.parametrize("layout", ["clip", "siglip"])
+def test_damaged_bytes_never_crash(tmp_path: Path, layout: str) -> None:
+    valid = tiny_gguf.write_mmproj(
+        tmp_path / "valid.gguf", VisionShape(n_layer=1), layout=layout, dtype="f16"
+    )
+    header = gguf.GGUFReader(valid).data_offset
+    result = subprocess.run(
+        [sys.executable, "-c", FUZZ, valid, tmp_path / "fuzzed.gguf", "7", str(header), "1500"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    loaded, refused = map(int, result.stdout.split())
+    assert loaded > 0
+    assert refused > 0
