@@ -15,6 +15,7 @@ from ..errors import ConvertError
 from ..values import ModelFiles
 from .config import (
     ProjectorConfig,
+    Section,
     TextConfig,
     VisionConfig,
     check_outtype,
@@ -67,8 +68,7 @@ def convert_checkpoint(
     root, vision, text = read_model_config(checkpoint)
     vocabulary = read_vocabulary(checkpoint, text.vocab, text.eos_token_id)
     tensors = open_weights(checkpoint)
-    projector = _projector(checkpoint, tensors, vision, text)
-    root.only("hidden_size", projector.hidden)
+    projector = _projector(checkpoint, root, tensors, vision, text)
     variant = choose_variant(variant, projector.merge)
 
     head = _stores_head(checkpoint, text, tensors)
@@ -118,7 +118,11 @@ def _file_name(name: str) -> str:
 
 
 def _projector(
-    checkpoint: Path, tensors: dict[str, SourceTensor], vision: VisionConfig, text: TextConfig
+    checkpoint: Path,
+    root: Section,
+    tensors: dict[str, SourceTensor],
+    vision: VisionConfig,
+    text: TextConfig,
 ) -> ProjectorConfig:
     for weight in PROJECTOR_WEIGHTS:
         if weight not in tensors:
@@ -128,6 +132,11 @@ def _projector(
         projector = projector_from_shapes(first, second, vision)
     except ValueError as exc:
         raise ConvertError(f"{checkpoint}: {PROJECTOR}.*: {exc}") from exc
+    if root.values.get("hidden_size", projector.hidden) != projector.hidden:
+        raise ConvertError(
+            f"{checkpoint}: the tensor {PROJECTOR_WEIGHTS[0]} has {projector.hidden} rows, but "
+            f"config.json gives the projector the hidden_size {root.values['hidden_size']!r}"
+        )
     if projector.output != text.hidden:
         raise ConvertError(
             f"{checkpoint}: the projector's output {PROJECTOR_WEIGHTS[1]} is {projector.output} "

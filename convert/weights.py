@@ -105,10 +105,11 @@ def open_weights(checkpoint: Path) -> dict[str, SourceTensor]:
 
 def _read_shards(checkpoint: Path) -> dict[str, SourceTensor]:
     index = read_json(checkpoint / INDEX).section("weight_map")
-    tensors: dict[str, SourceTensor] = {}
-    for shard in dict.fromkeys(index.values.values()):
+    for shard in index.values.values():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ConvertError(f"{index.where} names {shard!r}, which is not a file beside it")
+    tensors: dict[str, SourceTensor] = {}
+    for shard in dict.fromkeys(index.values.values()):
         if not (checkpoint / shard).is_file():
             raise ConvertError(f"{index.where} names {shard}, which is missing; download it too")
         for name, tensor in _read_header(checkpoint / shard).items():

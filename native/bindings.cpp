@@ -46,7 +46,7 @@ void construct(VisionEncoder * self, const std::string & path, const std::string
 }
 
 struct Device {
-    std::string name;         // in ggml's registry
+    std::string name;  // in ggml's registry
     std::string description;
     std::string kind;         // "cpu", "gpu", "igpu", "accel"
     uintptr_t   handle;       // ggml_backend_dev_t, as llama.cpp takes it
@@ -56,14 +56,14 @@ struct Device {
 
 const char * kind_name(enum ggml_backend_dev_type type) {
     switch (type) {
-        case GGML_BACKEND_DEVICE_TYPE_CPU:
-            return "cpu";
-        case GGML_BACKEND_DEVICE_TYPE_GPU:
-            return "gpu";
-        case GGML_BACKEND_DEVICE_TYPE_IGPU:
-            return "igpu";
-        default:
-            return "accel";
+    case GGML_BACKEND_DEVICE_TYPE_CPU:
+        return "cpu";
+    case GGML_BACKEND_DEVICE_TYPE_GPU:
+        return "gpu";
+    case GGML_BACKEND_DEVICE_TYPE_IGPU:
+        return "igpu";
+    default:
+        return "accel";
     }
 }
 
@@ -73,8 +73,8 @@ std::vector<Device> devices() {
         ggml_backend_dev_t     device = ggml_backend_dev_get(i);
         ggml_backend_dev_props props{};
         ggml_backend_dev_get_props(device, &props);
-        result.push_back(Device{ props.name, props.description, kind_name(props.type), reinterpret_cast<uintptr_t>(device),
-                           props.memory_free, props.memory_total });
+        result.push_back(Device{ props.name, props.description, kind_name(props.type),
+                                 reinterpret_cast<uintptr_t>(device), props.memory_free, props.memory_total });
     }
     return result;
 }
@@ -84,7 +84,8 @@ void translate(const std::exception_ptr & error, void *) {
     const auto raise = [](const char * name, const char * message) {
         const nb::object type = nb::module_::import_("omnivlm_edge.errors").attr(name);
         // A damaged file's names need not be UTF-8.
-        const nb::object text = nb::steal(PyUnicode_DecodeUTF8(message, static_cast<Py_ssize_t>(std::strlen(message)), "replace"));
+        const nb::object text =
+            nb::steal(PyUnicode_DecodeUTF8(message, static_cast<Py_ssize_t>(std::strlen(message)), "replace"));
         PyErr_SetObject(type.ptr(), text.ptr());
     };
     try {

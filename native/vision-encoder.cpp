@@ -23,7 +23,7 @@ ggml_backend_ptr init_backend(ggml_backend_dev_t device, int n_threads) {
     if (!backend) {
         throw DeviceError(std::string("device '") + ggml_backend_dev_name(device) + "' cannot be started");
     }
-    ggml_backend_reg_t registry = ggml_backend_dev_backend_reg(device);
+    ggml_backend_reg_t registry      = ggml_backend_dev_backend_reg(device);
     const auto         set_n_threads = reinterpret_cast<ggml_backend_set_n_threads_t>(
         ggml_backend_reg_get_proc_address(registry, "ggml_backend_set_n_threads"));
     if (set_n_threads != nullptr) {
@@ -44,11 +44,11 @@ const ggml_tensor * first_unsupported(ggml_backend_t backend, ggml_cgraph * grap
 
 }  // namespace
 
-VisionEncoder::VisionEncoder(const std::string & path, const std::string & device, int n_threads) :
-    device_name_(device),
-    backend_(init_backend(find_device(device), n_threads)),
-    model_(load_vision_model(path, find_device(device))),
-    allocator_(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get()))) {}
+VisionEncoder::VisionEncoder(const std::string & path, const std::string & device, int n_threads)
+    : device_name_(device),
+      backend_(init_backend(find_device(device), n_threads)),
+      model_(load_vision_model(path, find_device(device))),
+      allocator_(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get()))) {}
 
 void VisionEncoder::prepare(int64_t n_images) {
     if (n_images == graph_images_) {
@@ -82,9 +82,9 @@ void VisionEncoder::encode_batch(const float * pixels, int64_t n_images, float *
 void VisionEncoder::encode(const float * pixels, int64_t n_images, float * tokens) {
     const std::lock_guard<std::mutex> lock(mutex_);
 
-    const VisionHparams & h          = model_.hparams;
-    const int64_t         image_in   = 3 * h.image_size * h.image_size;
-    const int64_t         image_out  = h.n_tokens() * h.n_embd_text;
+    const VisionHparams & h         = model_.hparams;
+    const int64_t         image_in  = 3 * h.image_size * h.image_size;
+    const int64_t         image_out = h.n_tokens() * h.n_embd_text;
     for (int64_t done = 0; done < n_images; done += MAX_BATCH) {
         encode_batch(pixels + done * image_in, std::min(MAX_BATCH, n_images - done), tokens + done * image_out);
     }

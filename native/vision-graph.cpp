@@ -9,8 +9,8 @@ namespace {
 // Dimensions in comments are in ggml order, fastest first: d = n_embd, p = n_patches, b = n_images.
 class Builder {
   public:
-    Builder(ggml_context * ctx, const VisionModel & model, int64_t n_images, Attention attention) :
-        ctx_(ctx), model_(model), h_(model.hparams), n_images_(n_images), attention_(attention) {}
+    Builder(ggml_context * ctx, const VisionModel & model, int64_t n_images, Attention attention)
+        : ctx_(ctx), model_(model), h_(model.hparams), n_images_(n_images), attention_(attention) {}
 
     // pixels [W, H, 3, b] -> [n_embd_text, n_tokens, b]
     ggml_tensor * build(ggml_tensor * pixels) {
@@ -43,14 +43,14 @@ class Builder {
                 v = ggml_cast(ctx_, v, GGML_TYPE_F16);
             }
             ggml_tensor * out = ggml_flash_attn_ext(ctx_, q, k, v, nullptr, scale, 0.0F, 0.0F);
-            ggml_prec_set_acc(out, GGML_PREC_F32);               // [d_head, n_head, p, b]
+            ggml_prec_set_acc(out, GGML_PREC_F32);  // [d_head, n_head, p, b]
             return ggml_reshape_3d(ctx_, out, h_.n_embd, h_.n_patches(), n_images_);
         }
 
-        v = ggml_cont(ctx_, ggml_permute(ctx_, v, 1, 2, 0, 3));             // [p, d_head, n_head, b]
-        ggml_tensor * weights = ggml_mul_mat(ctx_, k, q);                   // [p, p, n_head, b]
+        v                     = ggml_cont(ctx_, ggml_permute(ctx_, v, 1, 2, 0, 3));  // [p, d_head, n_head, b]
+        ggml_tensor * weights = ggml_mul_mat(ctx_, k, q);                            // [p, p, n_head, b]
         weights               = ggml_soft_max_ext(ctx_, weights, nullptr, scale, 0.0F);
-        ggml_tensor * out     = ggml_mul_mat(ctx_, v, weights);             // [d_head, p, n_head, b]
+        ggml_tensor * out     = ggml_mul_mat(ctx_, v, weights);  // [d_head, p, n_head, b]
         out                   = ggml_cont(ctx_, ggml_permute(ctx_, out, 0, 2, 1, 3));
         return ggml_reshape_3d(ctx_, out, h_.n_embd, h_.n_patches(), n_images_);
     }
@@ -62,14 +62,14 @@ class Builder {
     // A convolution whose stride is its kernel's size is a linear layer over flattened patches.
     ggml_tensor * patch_embedding(ggml_tensor * pixels) {
         const int     stride = static_cast<int>(h_.patch_size);
-        ggml_tensor * kernel = model_.patch_embd.weight;                    // [patch, patch, 3, d]
+        ggml_tensor * kernel = model_.patch_embd.weight;  // [patch, patch, 3, d]
         ggml_tensor * x      = ggml_im2col(ctx_, kernel, pixels, stride, stride, 0, 0, 1, 1, true, GGML_TYPE_F32);
         x                    = ggml_reshape_3d(ctx_, x, x->ne[0], h_.n_patches(), n_images_);  // [patch*patch*3, p, b]
 
         const Linear flat{ ggml_reshape_2d(ctx_, kernel, x->ne[0], h_.n_embd), model_.patch_embd.bias };
-        x = linear(flat, x);                                                // [d, p, b]
+        x = linear(flat, x);  // [d, p, b]
 
-        ggml_tensor * position = model_.position_embd;                      // [d, p]
+        ggml_tensor * position = model_.position_embd;  // [d, p]
         if (position->type != GGML_TYPE_F32) {
             position = ggml_cast(ctx_, position, GGML_TYPE_F32);
         }
@@ -82,7 +82,7 @@ class Builder {
         x               = ggml_add(ctx_, x, linear(block.out, y));
 
         y = layer_norm(block.ln2, x);
-        y = ggml_gelu(ctx_, linear(block.fc1, y));                          // tanh approximation; [n_ff, p, b]
+        y = ggml_gelu(ctx_, linear(block.fc1, y));  // tanh approximation; [n_ff, p, b]
         return ggml_add(ctx_, x, linear(block.fc2, y));
     }
 
@@ -98,9 +98,9 @@ class Builder {
     }
 
     ggml_tensor * projector(ggml_tensor * x) {
-        x = linear(model_.projector_in, x);                                 // [n_proj, n_tokens, b]
+        x = linear(model_.projector_in, x);  // [n_proj, n_tokens, b]
         x = h_.projector_gelu_erf ? ggml_gelu_erf(ctx_, x) : ggml_gelu(ctx_, x);
-        return linear(model_.projector_out, x);                             // [n_embd_text, n_tokens, b]
+        return linear(model_.projector_out, x);  // [n_embd_text, n_tokens, b]
     }
 
     ggml_context *        ctx_;

@@ -60,7 +60,8 @@ gguf_context_ptr parse_gguf(const std::string & path, const MappedFile & file, g
     const LogCapture       log;
     gguf_context_ptr       gguf(gguf_init_from_buffer(file.data(), file.size(), params));
     if (!gguf) {
-        throw ModelFileError(path + ": is damaged or cut off (" + LogCapture::reason() + "); download or convert it again");
+        throw ModelFileError(path + ": is damaged or cut off (" + LogCapture::reason() +
+                             "); download or convert it again");
     }
     return gguf;
 }
@@ -69,7 +70,8 @@ std::string string_value(const std::string & path, const gguf_context_ptr & gguf
     const std::string value = gguf_get_val_str(gguf.get(), id);
     for (const char c : value) {
         if (c < ' ' || c > '~') {
-            throw ModelFileError(path + ": key " + gguf_get_key(gguf.get(), id) + " is not plain text; download or convert it again");
+            throw ModelFileError(path + ": key " + gguf_get_key(gguf.get(), id) +
+                                 " is not plain text; download or convert it again");
         }
     }
     return value;
@@ -165,10 +167,10 @@ class Reader {
 
 // Where the two layouts differ by more than a key prefix.
 struct Layout {
-    std::string prefix;            // of the metadata keys
-    const char * fc1;              // tensor name of a block's MLP up-projection
-    const char * fc2;              // ... and down-projection
-    bool        published;
+    std::string  prefix;  // of the metadata keys
+    const char * fc1;     // tensor name of a block's MLP up-projection
+    const char * fc2;     // ... and down-projection
+    bool         published;
 };
 
 Layout read_layout(const Reader & reader) {
@@ -179,7 +181,8 @@ Layout read_layout(const Reader & reader) {
     if (architecture == "clip") {
         const std::string projector = reader.has_key("clip.projector_type") ? reader.string("clip.projector_type") : "";
         if (projector != "omnivlm") {
-            reader.fail("is a clip file with projector type '" + projector + "', not 'omnivlm': it belongs to another model");
+            reader.fail("is a clip file with projector type '" + projector +
+                        "', not 'omnivlm': it belongs to another model");
         }
         return { "clip.", "ffn_up", "ffn_down", false };
     }
@@ -212,15 +215,15 @@ VisionHparams read_hparams(const Reader & reader, const Layout & layout) {
     }
 
     // The projector's widths are those of its tensors; the merge factor follows from them.
-    const ggml_tensor * proj_in  = reader.tensor("mm.0.weight");   // [n_embd*n_merge, n_proj]
-    const ggml_tensor * proj_out = reader.tensor("mm.2.weight");   // [n_proj, n_embd_text]
+    const ggml_tensor * proj_in  = reader.tensor("mm.0.weight");  // [n_embd*n_merge, n_proj]
+    const ggml_tensor * proj_out = reader.tensor("mm.2.weight");  // [n_proj, n_embd_text]
     hparams.n_merge              = proj_in->ne[0] / hparams.n_embd;
     hparams.n_proj               = proj_in->ne[1];
     hparams.n_embd_text          = proj_out->ne[1];
     if (hparams.n_merge < 1 || proj_in->ne[0] % hparams.n_embd != 0 || hparams.n_patches() % hparams.n_merge != 0) {
-        reader.fail("tensor mm.0.weight takes rows of " + std::to_string(proj_in->ne[0]) + " values, which is no whole " +
-                    "number of patches that divides the " + std::to_string(hparams.n_patches()) + " patches of " +
-                    std::to_string(hparams.n_embd) + " values");
+        reader.fail("tensor mm.0.weight takes rows of " + std::to_string(proj_in->ne[0]) +
+                    " values, which is no whole " + "number of patches that divides the " +
+                    std::to_string(hparams.n_patches()) + " patches of " + std::to_string(hparams.n_embd) + " values");
     }
 
     if (layout.published) {
@@ -268,7 +271,8 @@ class WeightReader {
 
     ggml_tensor * declare(const std::string & name, std::vector<int64_t> shape) {
         const ggml_tensor * source = checked(name, shape);
-        const bool is_float        = source->type == GGML_TYPE_F32 || source->type == GGML_TYPE_F16 || source->type == GGML_TYPE_BF16;
+        const bool          is_float =
+            source->type == GGML_TYPE_F32 || source->type == GGML_TYPE_F16 || source->type == GGML_TYPE_BF16;
         if (!is_float && !ggml_is_quantized(source->type)) {
             reject_type(source, "a float or quantized type");
         }
@@ -296,14 +300,15 @@ class WeightReader {
         const ggml_tensor * source = reader_.tensor(name);
         shape.resize(GGML_MAX_DIMS, 1);
         if (!std::equal(shape.begin(), shape.end(), source->ne)) {
-            reader_.fail("tensor " + name + " has shape " + describe(source->ne) + " instead of " + describe(shape.data()) +
-                         " (ggml order)");
+            reader_.fail("tensor " + name + " has shape " + describe(source->ne) + " instead of " +
+                         describe(shape.data()) + " (ggml order)");
         }
         return source;
     }
 
     [[noreturn]] void reject_type(const ggml_tensor * source, const std::string & wanted) const {
-        reader_.fail("tensor " + std::string(source->name) + " has type " + ggml_type_name(source->type) + " instead of " + wanted);
+        reader_.fail("tensor " + std::string(source->name) + " has type " + ggml_type_name(source->type) +
+                     " instead of " + wanted);
     }
 
     static std::string describe(const int64_t * shape) {
@@ -352,7 +357,8 @@ bool WeightReader::place(VisionModel & model, ggml_backend_dev_t device) {
 
     model.buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(context_, ggml_backend_dev_buffer_type(device)));
     if (!model.buffer) {
-        throw DeviceError(std::string(props.name) + " has not enough free memory for the vision weights; try device 'cpu'");
+        throw DeviceError(std::string(props.name) +
+                          " has not enough free memory for the vision weights; try device 'cpu'");
     }
     ggml_backend_buffer_set_usage(model.buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     for (const Weight & weight : weights_) {
@@ -362,7 +368,7 @@ bool WeightReader::place(VisionModel & model, ggml_backend_dev_t device) {
 }
 
 ggml_context_ptr weight_context(int64_t n_layer) {
-    const size_t n_tensors = 9 + 16 * static_cast<size_t>(n_layer);
+    const size_t     n_tensors = 9 + 16 * static_cast<size_t>(n_layer);
     ggml_context_ptr context(ggml_init({ n_tensors * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }));
     if (!context) {
         throw std::bad_alloc();

@@ -108,7 +108,9 @@ def test_an_empty_batch_gives_no_tokens(tmp_path: Path) -> None:
 def test_quantized_weights_load(tmp_path: Path) -> None:
     shape = VisionShape(n_ff=64, n_proj=64)
     tensors = tiny_gguf.random_tensors(shape)
-    exact = encoder(tiny_gguf.write_gguf(tmp_path / "f32.gguf", tiny_gguf.clip_keys(shape), tensors))
+    exact = encoder(
+        tiny_gguf.write_gguf(tmp_path / "f32.gguf", tiny_gguf.clip_keys(shape), tensors)
+    )
     writer = gguf.GGUFWriter(tmp_path / "q8_0.gguf", "clip")
     for key, value in tiny_gguf.clip_keys(shape).items():
         if key != "general.architecture":

@@ -334,10 +334,12 @@ class _Draw:
         return values
 
     def around_one(self, length: int) -> Array:
-        return 1 + np.float32(0.1) * self.values(length)
+        values: Array = 1 + np.float32(0.1) * self.values(length)
+        return values
 
     def signs(self, length: int) -> Array:
-        return np.sign(self.values(length))
+        signs: Array = np.sign(self.values(length))
+        return signs
 
     def linear(self, name: str, rows: int, columns: int) -> Iterator[tuple[str, Array]]:
         yield f"{name}.weight", self.matrix(rows, columns)

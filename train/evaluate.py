@@ -1,6 +1,6 @@
 """How often a model is right about held-out scenes: things that never met in its training.
 
-    python train/evaluate.py MODEL.gguf MMPROJ.gguf -o bench/results/demo_accuracy.json
+python train/evaluate.py MODEL.gguf MMPROJ.gguf -o bench/results/demo_accuracy.json
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
 from scenes import NUMBERS, SETTINGS, THINGS, Question, Scene, questions, render, sample_scene
 
 RENDERED = 252  # pixels; the model under test does its own resizing

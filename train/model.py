@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from scenes import IMAGE_SIZE, PATCH
-from tokenizer import HEAD, QUESTION, save_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+from scenes import IMAGE_SIZE, PATCH
+from tokenizer import HEAD, QUESTION, save_tokenizer
 
 WIDTH = 256
 PROJECTOR_WIDTH = 512

@@ -22,7 +22,7 @@ PATCH = 14
 
 @dataclass(frozen=True)
 class Thing:
-    """A kind of thing: its emoji, its names, and the bare word of things one buys by the measure."""
+    """A kind of thing: its emoji, its names, and a bare word ("bread") if it has one."""
 
     emoji: str
     one: str
@@ -36,7 +36,7 @@ class Thing:
         return self.bare or self.many
 
     def counted(self, count: int) -> str:
-        """"one egg", "two eggs", "no eggs"."""
+        """As in "one egg", "two eggs", "no eggs"."""
         return f"{NUMBERS[count]} {self.one if count == 1 else self.many}"
 
 
@@ -337,7 +337,7 @@ def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """int64 [81]: per patch 1 + the kind that covers most of it, 0 for none, -100 for hardly any."""
+    """int64 [81]: per patch 1 + the kind that covers most of it, 0 for none, -100 for a little."""
     cover = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
     for thing in scene.placed:
         left, top, side = _box(thing, IMAGE_SIZE)
@@ -367,10 +367,10 @@ DESCRIBE = (
 )
 SETTING = ("Where is this?", "Where was this picture taken?", "What is the setting?")
 COUNT = (
-    "How many {some} are there?",
-    "How many {some} are in the picture?",
-    "How many {some} do you see?",
-    "How many {some} do I have?",
+    "How many {many} are there?",
+    "How many {many} are in the picture?",
+    "How many {many} do you see?",
+    "How many {many} do I have?",
 )
 IS_THERE = ("Is there {a} {one}?", "Is there {a} {one} in the picture?", "Do you see {a} {one}?")
 ARE_THERE = (
@@ -394,12 +394,12 @@ def _ask(rng: np.random.Generator, templates: tuple[str, ...], thing: Thing) -> 
 
 
 def there_are(thing: Thing, count: int) -> str:
-    """"there is one egg", "there are two eggs", "there are no eggs"."""
+    """As in "there is one egg", "there are two eggs", "there are no eggs"."""
     return f"there {'is' if count == 1 else 'are'} {thing.counted(count)}"
 
 
 def describe(scene: Scene) -> str:
-    """"The image shows three horses and one duck near the water."."""
+    """As in "The image shows three horses and one duck near the water.": in reading order."""
     names = [THINGS[kind].counted(count) for kind, count in scene.counts.items()]
     listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
     return f"The image shows {listed} {SETTINGS[scene.setting]}."
@@ -407,8 +407,7 @@ def describe(scene: Scene) -> str:
 
 def _count(rng: np.random.Generator, kind: int, count: int) -> Question:
     thing = THINGS[kind]
-    templates = tuple(t.replace("{some}", "{many}") for t in COUNT)
-    return Question("count", _ask(rng, templates, thing), f"{there_are(thing, count)}.".capitalize())
+    return Question("count", _ask(rng, COUNT, thing), f"{there_are(thing, count)}.".capitalize())
 
 
 def _yes_no(rng: np.random.Generator, kind: int, count: int) -> Question:

@@ -4,10 +4,19 @@ import json
 from pathlib import Path
 
 import numpy as np
-from scenes import questions, sample_scene
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    processors,
+    trainers,
+)
 from tokenizers import pre_tokenizers as pre
-from tokenizers import processors, trainers
+
+from scenes import questions, sample_scene
 
 SYSTEM = "You are Nano-Omni-VLM, created by Nexa AI. You are a helpful assistant."
 HEAD = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n\n<|vision_start|>"

@@ -1,6 +1,6 @@
 """Train the demo model: first the tower on labelled patches, then all parts together.
 
-    python train/train.py --minutes 60 --out demo-checkpoint
+python train/train.py --minutes 60 --out demo-checkpoint
 """
 
 import argparse
@@ -14,21 +14,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from evaluate import Item, exam, grade
-from model import GROUP, IMAGE_TOKENS, WIDTH, DemoVLM, save_checkpoint
 from PIL import Image
-from scenes import IMAGE_SIZE, THINGS, Question, patch_labels, questions, render, sample_scene
-from tokenizer import ANSWER, HEAD, QUESTION, train_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
+from evaluate import Item, exam, grade
+from model import GROUP, IMAGE_TOKENS, WIDTH, DemoVLM, save_checkpoint
+from scenes import IMAGE_SIZE, THINGS, Question, patch_labels, questions, render, sample_scene
+from tokenizer import ANSWER, HEAD, QUESTION, train_tokenizer
+
 CLASSES = len(THINGS) + 1  # things and "nothing"
 TOKENS = 240  # length of a row: the prompt's head, the image, and pairs of question and answer
 RENDER_SIZES = (IMAGE_SIZE, IMAGE_SIZE, 160, 192, 252)
 HEADER_WEIGHT, DECISION_WEIGHT = 0.1, 4.0  # of "assistant", and of "Yes" and "No"; others 1
-TOWER_SHARE = float(__import__("os").environ.get("TS","0.2"))
+TOWER_SHARE = 0.1  # of the time, for the first stage
 DENSE_WEIGHT = 0.3  # of the patch labels, in the second stage
 PEAK_RATE, EMA = 1.5e-3, 0.998
 
@@ -206,8 +207,9 @@ def train(args: argparse.Namespace) -> None:
             report = {
                 "minutes": round(progress * args.minutes, 1),
                 "steps": steps,
-                "pictures_per_second": round((steps - reported_steps) * args.batch
-                                             / (now - reported), 1),
+                "pictures_per_second": round(
+                    (steps - reported_steps) * args.batch / (now - reported), 1
+                ),
                 "loss, answers, patches": np.mean(losses, 0).round(4).tolist(),
             }
             if joint:
@@ -238,9 +240,7 @@ def train(args: argparse.Namespace) -> None:
         steps += 1
         with torch.no_grad():
             decay = min(EMA, (1 + steps) / (10 + steps))
-            torch._foreach_lerp_(
-                list(average.parameters()), list(model.parameters()), 1 - decay
-            )
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         losses.append([loss.item(), answers.item(), right.item()])
 
 

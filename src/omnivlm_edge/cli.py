@@ -5,15 +5,19 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from .errors import OmniVLMError
 from .values import GenerateOptions, ImageEmbedding
+
+if TYPE_CHECKING:
+    from .engine import OmniVLM
 
 # The engine is imported inside the commands: it loads llama.cpp, which --help does not need.
 
@@ -142,14 +146,16 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _print_answer(engine, embedding, prompt, options) -> None:
+def _print_answer(
+    engine: OmniVLM, embedding: ImageEmbedding, prompt: str, options: GenerateOptions
+) -> None:
     for piece in engine.generate(embedding, prompt, options):
         click.echo(piece, nl=False)
         sys.stdout.flush()
     click.echo()
 
 
-def _loop(engine, embedding: ImageEmbedding | None, options: GenerateOptions) -> None:
+def _loop(engine: OmniVLM, embedding: ImageEmbedding | None, options: GenerateOptions) -> None:
     """The original's prompt loop: picture paths and questions, until /bye or the end of input."""
     click.echo("Give the path of a picture, then ask about it. /bye or Ctrl-D leaves.", err=True)
     for line in _lines():
@@ -169,8 +175,6 @@ def _loop(engine, embedding: ImageEmbedding | None, options: GenerateOptions) ->
 
 def _lines() -> Iterator[str]:
     """Non-empty lines from stdin, with a prompt on a terminal; stdout stays clean elsewhere."""
-    import contextlib
-
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history for input()
 

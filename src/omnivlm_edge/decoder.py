@@ -62,6 +62,9 @@ class TokenSequence:
 class TextDecoder:
     """A text model with one context. Safe to call from several threads; calls are serialised.
 
+    `n_ctx` counts the context's positions: what was asked for, at most what the model was trained
+    on. `n_embd` is the width of one position's embedding.
+
     Raises ModelFileError when the file cannot be loaded, DeviceError when memory runs out.
     """
 
@@ -75,27 +78,19 @@ class TextDecoder:
         self._owned: list[Any] = [functools.partial(llama_cpp.llama_model_free, self._model)]
         self._finalizer = weakref.finalize(self, _free_all, self._owned)
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self._n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         n_ctx_train = llama_cpp.llama_model_n_ctx_train(self._model)
         self._context = _new_context(
             self._model, device, min(n_ctx, n_ctx_train), n_threads, n_sequences
         )
         self._owned.insert(0, functools.partial(llama_cpp.llama_free, self._context))
+        self.n_ctx: int = llama_cpp.llama_n_ctx(self._context)
+        self.n_embd: int = llama_cpp.llama_model_n_embd_inp(self._model)
         self._n_batch = llama_cpp.llama_n_batch(self._context)
         self._batch = llama_cpp.llama_batch_init(self._n_batch, 0, 1)
         self._owned.insert(0, functools.partial(llama_cpp.llama_batch_free, self._batch))
         self._free_ids = list(range(n_sequences))
         self._piece_buffer = ctypes.create_string_buffer(256)
-
-    @property
-    def n_ctx(self) -> int:
-        """Positions in the context: at most what was asked for and what the model was trained on."""
-        return int(llama_cpp.llama_n_ctx(self._open_context()))
-
-    @property
-    def n_embd(self) -> int:
-        """Width of one position's embedding."""
-        self._open_context()
-        return int(llama_cpp.llama_model_n_embd_inp(self._model))
 
     def tokenize(self, pieces: Sequence[Piece], *, start: bool = False) -> Tokens:
         """Pieces of a prompt -> token ids.
@@ -103,10 +98,11 @@ class TextDecoder:
         Only pieces marked special may become control tokens; plain text that looks like one stays
         text. `start` adds the beginning-of-sequence token for models that want it.
         """
-        self._open_context()
         tokens: Tokens = []
-        for piece in pieces:
-            tokens += self._tokenize(piece, add_bos=start and not tokens)
+        with self._lock:
+            self._open_context()
+            for piece in pieces:
+                tokens += self._tokenize(piece, add_bos=start and not tokens)
         return tokens
 
     def special_token(self, text: str) -> int:
@@ -121,7 +117,8 @@ class TextDecoder:
             self._open_context()
             if not self._free_ids:
                 raise BusyError("another answer is still being generated; finish or close it first")
-            return TokenSequence(self._free_ids.pop(), _new_sampler(options))
+            sampler = _new_sampler(options, self._n_vocab)
+            return TokenSequence(self._free_ids.pop(), sampler)
 
     def close_sequence(self, sequence: TokenSequence) -> None:
         """Gives a sequence back; harmless after `close`."""
@@ -184,15 +181,16 @@ class TextDecoder:
         """
         if final:
             return sequence._utf8.decode(b"", final=True)
-        return sequence._utf8.decode(self._piece(sequence.last_token))
+        with self._lock:
+            self._open_context()
+            return sequence._utf8.decode(self._piece(sequence.last_token))
 
     def logits(self, sequence: TokenSequence) -> npt.NDArray[np.float32]:
         """A copy of the newest logits of a sequence, float32 [n_vocab]."""
         with self._lock:
             context = self._open_context()
             pointer = llama_cpp.llama_get_logits_ith(context, sequence._output_index)
-            n_vocab = llama_cpp.llama_vocab_n_tokens(self._vocab)
-            return np.ctypeslib.as_array(pointer, shape=(n_vocab,)).copy()
+            return np.ctypeslib.as_array(pointer, shape=(self._n_vocab,)).copy()
 
     def close(self) -> None:
         """Frees the model and its context. Waits for a running step; may be called again."""
@@ -241,7 +239,8 @@ class TextDecoder:
         try:
             batch.n_tokens = len(chunk)
             if isinstance(chunk, list):
-                batch.token[: len(chunk)] = chunk
+                data = np.asarray(chunk, dtype=np.int32)
+                ctypes.memmove(batch.token, data.ctypes.data, data.nbytes)
             else:
                 data = np.ascontiguousarray(chunk, dtype=np.float32)
                 ctypes.memmove(batch.embd, data.ctypes.data, data.nbytes)
@@ -288,16 +287,15 @@ def _check_decode(status: int) -> None:
         raise DeviceError(f"llama.cpp failed while it computed the answer (status {status})")
 
 
-def _new_sampler(options: GenerateOptions) -> Any:
+def _new_sampler(options: GenerateOptions, n_vocab: int) -> Any:
     chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
 
     def add(sampler: Any) -> None:
         llama_cpp.llama_sampler_chain_add(chain, sampler)
 
     if options.repeat_penalty != 1.0:
-        add(
-            llama_cpp.llama_sampler_init_penalties(_REPEAT_WINDOW, options.repeat_penalty, 0.0, 0.0)
-        )
+        penalty = options.repeat_penalty
+        add(llama_cpp.llama_sampler_init_penalties(n_vocab, _REPEAT_WINDOW, penalty, 0.0, 0.0))
     if options.temperature == 0:
         add(llama_cpp.llama_sampler_init_greedy())
         return chain
@@ -349,10 +347,10 @@ def _free_all(owned: list[Any]) -> None:
 
 # llama.cpp reports the reason of a failed load through its log alone.
 _errors: collections.deque[str] = collections.deque(maxlen=4)
-_ERROR = 3  # GGML_LOG_LEVEL_ERROR
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
-@llama_cpp.llama_log_callback
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_log(level: int, text: bytes, _: Any) -> None:
     line = text.decode("utf-8", "replace").strip()
     if level == _ERROR and line:

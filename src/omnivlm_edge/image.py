@@ -53,9 +53,9 @@ def preprocess(
 ) -> npt.NDArray[np.float32]:
     """RGB image -> float32 [3, size, size]: Pillow bicubic, then (x / 255 - mean) / std."""
     resized = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(resized, dtype=np.float32) / np.float32(255)  # [size, size, 3]
-    pixels = (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    scaled = np.asarray(resized, np.float32) / 255  # [size, size, 3]
+    normalised = (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1), np.float32)
 
 
 def _open(source: ImageSource) -> tuple[str, Image.Image | BinaryIO]:

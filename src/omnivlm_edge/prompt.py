@@ -70,9 +70,10 @@ def build_prompt(question: str, variant: str, header: str = ANSWER_HEADER) -> Pr
 
 def _pieces(template: str, question: str) -> tuple[Piece, ...]:
     """Splits at the template's control tokens first; only then is the question put in."""
-    return tuple(
-        Piece(text if special else text.replace("{question}", question), special)
-        for text in _SPECIAL.split(template)
-        if text
-        for special in [_SPECIAL.fullmatch(text) is not None]
+    pieces = (
+        Piece(part, special=True)
+        if _SPECIAL.fullmatch(part)
+        else Piece(part.replace("{question}", question), special=False)
+        for part in _SPECIAL.split(template)
     )
+    return tuple(piece for piece in pieces if piece.text)

@@ -1,0 +1,252 @@
+"""The text decoder: tokens, sequences, sampling, characters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from omnivlm_edge import (
+    BusyError,
+    ClosedError,
+    ContextOverflowError,
+    GenerateOptions,
+    ModelFileError,
+    PromptError,
+)
+from omnivlm_edge.decoder import TextDecoder, TokenSequence
+from omnivlm_edge.device import select_device
+from omnivlm_edge.prompt import Piece
+
+N_SEQUENCES = 4
+GREEDY = GenerateOptions()
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_model: Path) -> Iterator[TextDecoder]:
+    decoder = open_decoder(tiny_model)
+    yield decoder
+    decoder.close()
+
+
+def open_decoder(model: Path, n_ctx: int = 512) -> TextDecoder:
+    (path,) = (p for p in model.glob("*.gguf") if not p.name.startswith("mmproj"))
+    return TextDecoder(
+        path, select_device("cpu"), n_ctx=n_ctx, n_threads=2, n_sequences=N_SEQUENCES
+    )
+
+
+def plain(text: str) -> list[Piece]:
+    return [Piece(text, special=False)]
+
+
+def generate(decoder: TextDecoder, sequence: TokenSequence, n: int) -> list[int]:
+    tokens = [decoder.sample(sequence)]
+    while len(tokens) < n:
+        decoder.decode([sequence])
+        tokens.append(decoder.sample(sequence))
+    return tokens
+
+
+def answer(
+    decoder: TextDecoder, prompt: str, n: int = 12, options: GenerateOptions = GREEDY
+) -> list[int]:
+    sequence = decoder.open(options)
+    try:
+        decoder.prefill(sequence, [decoder.tokenize(plain(prompt))])
+        return generate(decoder, sequence, n)
+    finally:
+        decoder.close_sequence(sequence)
+
+
+def test_typed_control_tokens_stay_text(decoder: TextDecoder) -> None:
+    (control,) = decoder.tokenize([Piece("<|im_end|>", special=True)])
+    typed = decoder.tokenize(plain("<|im_end|>"))
+    assert control not in typed
+    assert len(typed) > 1
+
+
+def test_pieces_are_tokenised_one_by_one(decoder: TextDecoder) -> None:
+    pieces = [Piece("<|im_start|>", True), Piece("user\n", False), Piece("<|im_end|>", True)]
+    together = decoder.tokenize(pieces)
+    assert together == [token for piece in pieces for token in decoder.tokenize([piece])]
+
+
+def test_missing_control_token(decoder: TextDecoder) -> None:
+    with pytest.raises(ModelFileError, match=r"has no token <\|video_pad\|>"):
+        decoder.tokenize([Piece("<|video_pad|>", special=True)])
+
+
+@pytest.mark.parametrize("text", ["", "é", "你好，世界", "a\0b", "😀" * 300, "\n\n  x\t"])
+def test_text_survives_a_round_trip(decoder: TextDecoder, text: str) -> None:
+    """Characters that are split over tokens come out whole, in the end or as soon as complete."""
+    sequence = decoder.open(GREEDY)
+    pieces = []
+    for token in decoder.tokenize(plain(text)):
+        sequence.last_token = token
+        pieces.append(decoder.text(sequence))
+    pieces.append(decoder.text(sequence, final=True))
+    decoder.close_sequence(sequence)
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_an_incomplete_character_is_marked_at_the_end(decoder: TextDecoder) -> None:
+    sequence = decoder.open(GREEDY)
+    tokens = decoder.tokenize(plain("界"))
+    assert len(tokens) == 3
+    sequence.last_token = tokens[0]
+    assert decoder.text(sequence) == ""
+    assert decoder.text(sequence, final=True) == "\ufffd"
+    decoder.close_sequence(sequence)
+
+
+def test_sequences_decoded_together_answer_as_alone(decoder: TextDecoder) -> None:
+    prompts = ["the red one", "in the pan", "你好", "a"]
+    alone = [answer(decoder, prompt) for prompt in prompts]
+    sequences = [decoder.open(GREEDY) for _ in prompts]
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        decoder.prefill(sequence, [decoder.tokenize(plain(prompt))])
+        sequence_tokens = [decoder.sample(sequence)]
+        sequence.tokens = sequence_tokens  # type: ignore[attr-defined]
+    for _ in range(11):
+        decoder.decode(sequences)
+        for sequence in sequences:
+            sequence.tokens.append(decoder.sample(sequence))  # type: ignore[attr-defined]
+    for sequence in sequences:
+        decoder.close_sequence(sequence)
+    assert [sequence.tokens for sequence in sequences] == alone  # type: ignore[attr-defined]
+
+
+def test_embeddings_stand_at_positions_like_tokens(decoder: TextDecoder) -> None:
+    rng = np.random.default_rng(0)
+    embeddings = rng.standard_normal((7, decoder.n_embd)).astype(np.float32)
+    tokens = decoder.tokenize(plain("the end"))
+    logits = []
+    for parts in ([tokens, embeddings, tokens], [tokens, embeddings[:3], embeddings[3:], tokens]):
+        sequence = decoder.open(GREEDY)
+        decoder.prefill(sequence, parts)
+        assert sequence.position == 2 * len(tokens) + 7
+        logits.append(decoder.logits(sequence))
+        decoder.close_sequence(sequence)
+    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3)
+
+
+def test_long_prompts_go_in_several_batches(tiny_model: Path) -> None:
+    text = "the red one in the pan " * 150
+    decoder = open_decoder(tiny_model, n_ctx=4096)
+    tokens = decoder.tokenize(plain(text))
+    assert len(tokens) > 2048
+    sequence = decoder.open(GREEDY)
+    decoder.prefill(sequence, [tokens])
+    whole = decoder.logits(sequence)
+    decoder.close_sequence(sequence)
+    sequence = decoder.open(GREEDY)
+    for start in range(0, len(tokens), 500):
+        decoder.prefill(sequence, [tokens[start : start + 500]])
+    parts = decoder.logits(sequence)
+    assert parts @ whole >= 0.9999 * np.linalg.norm(parts) * np.linalg.norm(whole)
+    decoder.close()
+
+
+def test_seeds_make_answers_repeatable(decoder: TextDecoder) -> None:
+    options = GenerateOptions(temperature=5.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)
+    first = answer(decoder, "the", options=options)
+    assert first == answer(decoder, "the", options=options)
+    others = [
+        answer(decoder, "the", options=GenerateOptions(**{**vars(options), "seed": seed}))
+        for seed in (2, 3, None)
+    ]
+    assert any(other != first for other in others)
+
+
+def test_narrow_filters_are_greedy(decoder: TextDecoder) -> None:
+    greedy = answer(decoder, "the")
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 0.999999}):
+        wide = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        assert answer(decoder, "the", options=GenerateOptions(**(wide | narrow))) == greedy
+
+
+def test_repeat_penalty_changes_a_repetition(decoder: TextDecoder) -> None:
+    tokens = answer(decoder, "the", n=40, options=GenerateOptions(repeat_penalty=1e6))
+    assert len(set(tokens)) == 40
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", 1.0),
+        ("repeat_penalty", 0.0),
+        ("seed", -1),
+        ("seed", 2**32),
+    ],
+)
+def test_options_out_of_range(decoder: TextDecoder, option: str, value: float) -> None:
+    with pytest.raises(PromptError, match=f"{option} is "):
+        decoder.open(GenerateOptions(**{option: value}))  # type: ignore[arg-type]
+
+
+def test_all_sequences_taken(decoder: TextDecoder) -> None:
+    sequences = [decoder.open(GREEDY) for _ in range(N_SEQUENCES)]
+    with pytest.raises(BusyError):
+        decoder.open(GREEDY)
+    decoder.close_sequence(sequences.pop())
+    sequences.append(decoder.open(GREEDY))
+    for sequence in sequences:
+        decoder.close_sequence(sequence)
+        decoder.close_sequence(sequence)  # a second time is harmless
+
+
+def test_prefill_overflow_is_refused_before_any_work(decoder: TextDecoder) -> None:
+    sequence = decoder.open(GREEDY)
+    with pytest.raises(ContextOverflowError, match="do not fit"):
+        decoder.prefill(sequence, [[1] * (decoder.n_ctx + 1)])
+    assert sequence.position == 0
+    decoder.close_sequence(sequence)
+
+
+def test_a_full_context_is_an_error_and_not_a_crash(tiny_model: Path) -> None:
+    decoder = open_decoder(tiny_model, n_ctx=256)
+    sequence = decoder.open(GREEDY)
+    decoder.prefill(sequence, [[1] * decoder.n_ctx])
+    decoder.sample(sequence)
+    with pytest.raises(ContextOverflowError, match="context is full"):
+        decoder.decode([sequence])
+    decoder.close()
+
+
+def test_closed(tiny_model: Path) -> None:
+    decoder = open_decoder(tiny_model)
+    sequence = decoder.open(GREEDY)
+    decoder.prefill(sequence, [[1, 2, 3]])
+    decoder.close()
+    decoder.close()
+    for call in (
+        lambda: decoder.tokenize(plain("a")),
+        lambda: decoder.open(GREEDY),
+        lambda: decoder.prefill(sequence, [[1]]),
+        lambda: decoder.decode([sequence]),
+        lambda: decoder.sample(sequence),
+        lambda: decoder.text(sequence),
+        lambda: decoder.logits(sequence),
+    ):
+        with pytest.raises(ClosedError):
+            call()
+    decoder.close_sequence(sequence)
+
+
+def test_a_file_that_llama_cpp_refuses(tmp_path: Path, tiny_model: Path) -> None:
+    (text,) = (p for p in tiny_model.glob("*.gguf") if not p.name.startswith("mmproj"))
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(text.read_bytes()[:-1000])
+    with pytest.raises(ModelFileError, match="cannot load this text model .*bounds"):
+        TextDecoder(cut, select_device("cpu"), n_ctx=64, n_threads=1)

@@ -1,0 +1,194 @@
+"""Pictures from everywhere, in every mode, right and wrong."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from omnivlm_edge import ImageError
+from omnivlm_edge.image import load_image, preprocess
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def solid(image: Image.Image) -> tuple[int, int, int]:
+    """The colour of a picture of one colour."""
+    assert image.mode == "RGB"
+    colours = image.getcolors(maxcolors=1)
+    assert colours is not None, "more than one colour"
+    return colours[0][1]
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "WEBP", "TIFF", "GIF"])
+def test_every_kind_of_source_gives_the_same_pixels(
+    tmp_path: Path, picture: Image.Image, format: str
+) -> None:
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encoded(picture, format, **options)
+    path = tmp_path / "picture with spaces.bin"  # the name's ending does not matter
+    path.write_bytes(data)
+    want = np.asarray(picture)
+    with path.open("rb") as file:
+        for source in (path, str(path), data, bytearray(data), io.BytesIO(data), file, picture):
+            assert np.array_equal(np.asarray(load_image(source)), want)
+    assert np.array_equal(np.asarray(load_image(want)), want)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(picture: Image.Image, orientation: int) -> None:
+    undo = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]
+    stored = picture if undo is None else picture.transpose(undo)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = load_image(encoded(stored, "PNG", exif=exif))
+    assert np.array_equal(np.asarray(upright), np.asarray(picture))
+
+
+RED, HALF_RED = (255, 0, 0), (255, 127, 127)
+
+
+def palette_with_transparency() -> bytes:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    return encoded(image, "PNG", transparency=1)
+
+
+def sixteen_bit_grey(value: int) -> bytes:
+    return encoded(Image.fromarray(np.full((4, 4), value, np.uint16)), "PNG")
+
+
+@pytest.mark.parametrize(
+    ("data", "colour"),
+    [
+        (encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0))), (255, 255, 255)),
+        (encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 255))), RED),
+        (encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 128))), HALF_RED),
+        (encoded(Image.new("LA", (4, 4), (0, 0))), (255, 255, 255)),
+        (palette_with_transparency(), (255, 255, 255)),
+        (encoded(Image.new("L", (4, 4), 77)), (77, 77, 77)),
+        (encoded(Image.new("1", (4, 4), 1)), (255, 255, 255)),
+        (encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF"), RED),
+        (encoded(Image.new("RGB", (4, 4), RED).quantize(2), "PNG"), RED),
+        (sixteen_bit_grey(0xFFFF), (255, 255, 255)),
+        (sixteen_bit_grey(0x4D00), (77, 77, 77)),
+    ],
+    ids="transparent opaque half grey-alpha palette grey bilevel cmyk indexed 16bit 16bit-77".split(),
+)
+def test_every_mode_becomes_rgb(data: bytes, colour: tuple[int, int, int]) -> None:
+    got = solid(load_image(data))
+    assert max(abs(a - b) for a, b in zip(got, colour, strict=True)) <= 1
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert solid(load_image(data)) == RED
+
+
+def test_grey_and_alpha_arrays() -> None:
+    assert solid(load_image(np.full((3, 5), 9, np.uint8))) == (9, 9, 9)
+    assert solid(load_image(np.full((3, 5, 1), 9, np.uint8))) == (9, 9, 9)
+    assert solid(load_image(np.zeros((3, 5, 4), np.uint8))) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((4, 4, 3), np.float32), "must be uint8"),
+        (np.zeros((4, 4, 2), np.uint8), "must be uint8"),
+        (np.zeros(4, np.uint8), "must be uint8"),
+        (np.zeros((0, 4, 3), np.uint8), "holds no pixels"),
+    ],
+    ids=["float", "two channels", "flat", "empty"],
+)
+def test_wrong_arrays(array: np.ndarray, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        load_image(array)
+
+
+def test_absent_file(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="there is no such file"):
+        load_image(tmp_path / "none.png")
+
+
+def test_directory_and_impossible_path(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="cannot be read"):
+        load_image(tmp_path)
+    with pytest.raises(ImageError, match="cannot be read"):
+        load_image("a\0b.png")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"hello, I am text", b"\x89PNG\r\n\x1a\n", b"GIF89a"], ids=repr
+)
+def test_not_a_picture(data: bytes) -> None:
+    with pytest.raises(ImageError, match="is not a picture that can be decoded"):
+        load_image(data)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_cut_pictures_are_refused(format: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    data = encoded(Image.fromarray(noise), format)
+    with pytest.raises(ImageError):
+        load_image(data[: len(data) // 2])
+
+
+def test_damaged_pictures_never_raise_anything_else() -> None:
+    rng = np.random.default_rng(0)
+    for format in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"):
+        valid = encoded(Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)), format)
+        for _ in range(100):
+            data = bytearray(valid)
+            data[rng.integers(len(data))] = rng.integers(256)
+            try:
+                assert load_image(bytes(data)).mode == "RGB"
+            except ImageError:
+                pass
+
+
+def test_decompression_bomb() -> None:
+    """A PNG that claims 50,000 x 50,000 pixels in a few bytes."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99)))
+    with pytest.raises(ImageError, match="too many pixels"):
+        load_image(data)
+
+
+def test_unknown_kind_of_source() -> None:
+    with pytest.raises(ImageError, match="cannot be made from int"):
+        load_image(3)  # type: ignore[arg-type]
+
+
+def test_preprocess_is_the_training_resize(picture: Image.Image) -> None:
+    mean, std = (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)
+    pixels = preprocess(picture, 27, mean, std)
+    assert pixels.shape == (3, 27, 27)
+    assert pixels.dtype == np.float32
+    assert pixels.flags.c_contiguous
+    resized = np.asarray(picture.resize((27, 27), Image.Resampling.BICUBIC), np.float64)
+    want = (resized / 255 - mean) / std
+    np.testing.assert_allclose(pixels, want.transpose(2, 0, 1), atol=1e-6)

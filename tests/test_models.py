@@ -1,0 +1,69 @@
+"""Finding and pairing a model's two files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from omnivlm_edge import ModelFileError
+from omnivlm_edge.models import find_model
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_model: Path) -> Path:
+    """A model whose file names say nothing, or the wrong thing."""
+    for path in tiny_model.glob("*.gguf"):
+        name = "a.gguf" if path.name.startswith("mmproj") else "mmproj-b.gguf"
+        shutil.copy(path, tmp_path / name)
+    return tmp_path
+
+
+def test_directory_and_file_are_paired_by_metadata(model: Path) -> None:
+    for name in (model, str(model), model / "mmproj-b.gguf"):
+        files = find_model(name)
+        assert files.text == model / "mmproj-b.gguf"
+        assert files.mmproj == model / "a.gguf"
+
+
+def test_explicit_mmproj(model: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.move(model / "a.gguf", elsewhere / "projector-fp16.gguf")
+    files = find_model(model, elsewhere / "projector-fp16.gguf")
+    assert files.mmproj.parent == elsewhere
+    with pytest.raises(ModelFileError, match="holds no mmproj"):
+        find_model(model)
+
+
+def test_absent(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(ModelFileError, match="no such file or directory, nor a model"):
+        find_model(tmp_path / "none")
+    with pytest.raises(ModelFileError, match="there is no such file"):
+        find_model(model, "none.gguf")
+
+
+def test_empty_directory(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="holds no text model"):
+        find_model(tmp_path)
+
+
+def test_ambiguous(model: Path) -> None:
+    shutil.copy(model / "a.gguf", model / "c.gguf")
+    with pytest.raises(ModelFileError, match=r"several files for mmproj \(a.gguf, c.gguf\)"):
+        find_model(model)
+    shutil.copy(model / "mmproj-b.gguf", model / "d.gguf")
+    with pytest.raises(ModelFileError, match=r"several files for text model"):
+        find_model(model)
+
+
+def test_vision_file_as_model(model: Path) -> None:
+    with pytest.raises(ModelFileError, match="is a vision file"):
+        find_model(model / "a.gguf")
+
+
+def test_damaged_file_in_the_directory(model: Path) -> None:
+    (model / "z.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(ModelFileError, match=r"z\.gguf: is damaged"):
+        find_model(model)
