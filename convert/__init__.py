@@ -12,7 +12,7 @@
 """
 
 from .checkpoint import convert_checkpoint
-from .config import OUTTYPES, VARIANTS
+from .config import OUTTYPES
 from .mmproj import convert_mmproj
 
-__all__ = ["OUTTYPES", "VARIANTS", "convert_checkpoint", "convert_mmproj"]
+__all__ = ["OUTTYPES", "convert_checkpoint", "convert_mmproj"]

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import ConvertError
+from ..prompt import check_variant, default_variant
 from ..values import ModelFiles
 from .config import (
     ProjectorConfig,
@@ -19,7 +20,6 @@ from .config import (
     TextConfig,
     VisionConfig,
     check_outtype,
-    choose_variant,
     projector_from_shapes,
     read_model_config,
 )
@@ -69,7 +69,7 @@ def convert_checkpoint(
     vocabulary = read_vocabulary(checkpoint, text.vocab, text.eos_token_id)
     tensors = open_weights(checkpoint)
     projector = _projector(checkpoint, root, tensors, vision, text)
-    variant = choose_variant(variant, projector.merge)
+    variant = check_variant(variant or default_variant(projector.merge))
 
     head = _stores_head(checkpoint, text, tensors)
     vision_rules = _match(mmproj_rules(vision, projector), tensors, checkpoint)

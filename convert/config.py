@@ -16,9 +16,9 @@ from typing import Any
 from ..errors import ConvertError, OmniVLMError
 
 OUTTYPES = ("f16", "bf16", "f32")
-VARIANTS = ("vlm-81-instruct", "vlm-81-ocr", "nano-vlm-instruct")
 
 _MAX_INTEGER = 2**31 - 1  # every integer must fit GGUF's u32 and the runtime's int
+_MAX_FLOAT = 1e38  # and every other number a float32
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Section:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.present(key) if default is None else self.values.get(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        if not _is_finite(value) or value <= 0:
             raise self.error(f"{self.where}: {key} is {value!r}; it must be a positive number")
         return float(value)
 
@@ -95,6 +95,12 @@ class Section:
         if not isinstance(value, list) or len(value) != count or not all(map(_is_finite, value)):
             raise self.error(f"{self.where}: {key} is {value!r}; it must be {count} numbers")
         return tuple(float(item) for item in value)
+
+    def items(self, key: str) -> list[Any]:
+        value = self.present(key)
+        if not isinstance(value, list):
+            raise self.error(f"{self.where}: {key} is not a list")
+        return value
 
     def section(self, key: str) -> Section:
         value = self.present(key)
@@ -206,8 +212,8 @@ def _text(section: Section, root: Section) -> TextConfig:
         raise ConvertError(
             f"{section.where}: the head size {hidden // heads} is odd, so it cannot be rotated"
         )
-    layer_types = section.values.get("layer_types") or []
-    if any(kind != "full_attention" for kind in layer_types):
+    layers = section.items("layer_types") if section.values.get("layer_types") else []
+    if any(kind != "full_attention" for kind in layers):
         raise ConvertError(f"{section.where}: layer_types may only hold 'full_attention'")
     return TextConfig(
         hidden=hidden,
@@ -251,7 +257,7 @@ def _first_id(value: Any) -> int | None:
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= _MAX_FLOAT  # which NaN is not
 
 
 def check_outtype(outtype: str) -> None:
@@ -259,17 +265,6 @@ def check_outtype(outtype: str) -> None:
         raise ConvertError(
             f"there is no output type {outtype!r}; choose one of {', '.join(OUTTYPES)}"
         )
-
-
-def choose_variant(variant: str | None, merge: int) -> str:
-    """The named prompt variant, or the one that the projector's shape suggests."""
-    if variant is None:
-        return "nano-vlm-instruct" if merge == 1 else "vlm-81-instruct"
-    if variant not in VARIANTS:
-        raise ConvertError(
-            f"there is no prompt variant {variant!r}; choose one of {', '.join(VARIANTS)}"
-        )
-    return variant
 
 
 def projector_from_shapes(

@@ -17,7 +17,8 @@ from gguf import GGUFReader, LlamaFileType
 from gguf.gguf_reader import ReaderTensor
 
 from ..errors import ModelFileError
-from .config import Section, VisionConfig, choose_variant, projector_from_shapes
+from ..prompt import check_variant, default_variant
+from .config import Section, VisionConfig, projector_from_shapes
 from .keys import MMPROJ_ARCHITECTURE, add_mmproj_keys
 from .output import OutFile, OutTensor, publish
 from .tensor_map import UNUSED_PUBLISHED, Rule, mmproj_rules
@@ -43,7 +44,7 @@ def convert_mmproj(old: Path, out_dir: Path, *, variant: str | None = None) -> P
         projector = projector_from_shapes(first, second, vision)
     except ValueError as exc:
         raise ModelFileError(f"{old}: mm.*: {exc}") from exc
-    variant = choose_variant(variant, projector.merge)
+    variant = check_variant(variant or default_variant(projector.merge))
 
     planned = [_plan(rule, tensors, old) for rule in mmproj_rules(vision, projector)]
     left = tensors.keys() - {rule.published for rule in mmproj_rules(vision, projector)}

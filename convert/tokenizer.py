@@ -98,14 +98,9 @@ def _read_fast(path: Path) -> tuple[dict[str, int], list[str], dict[int, _Added]
     model.only("continuing_subword_prefix", "", None)
     model.only("end_of_word_suffix", "", None)
     _check_split(root)
-    added_tokens = root.values.get("added_tokens") or []
-    if not isinstance(added_tokens, list):
-        raise ConvertError(f"{path}: added_tokens is not a list")
-    added = dict(_added(entry, path, None) for entry in added_tokens)
-    merges = model.present("merges")
-    if not isinstance(merges, list):
-        raise ConvertError(f"{path}: merges is not a list")
-    joined = [" ".join(m) if _is_pair(m) else m for m in merges]
+    entries = root.items("added_tokens") if root.values.get("added_tokens") else []
+    added = dict(_added(entry, path, None) for entry in entries)
+    joined = [" ".join(merge) if _is_pair(merge) else merge for merge in model.items("merges")]
     return dict(model.section("vocab").values), joined, added
 
 
@@ -142,7 +137,7 @@ def _check_split(root: Section) -> None:
     """The text must be cut as the runtime cuts it: Qwen2's expression, then bytes."""
     steps = root.section("pre_tokenizer")
     steps.only("type", "Sequence")
-    parts = steps.present("pretokenizers")
+    parts = steps.items("pretokenizers")
     kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
     if kinds != ["Split", "ByteLevel"]:
         raise ConvertError(f"{steps.where} is {kinds}, but Qwen2's is ['Split', 'ByteLevel']")
@@ -210,7 +205,7 @@ def _special(settings: Section, key: str, ids: dict[str, int]) -> int | None:
     text = value.get("content") if isinstance(value, dict) else value
     if text is None:
         return None
-    if text not in ids:
+    if not isinstance(text, str) or text not in ids:
         raise ConvertError(f"{settings.where}: {key} is {text!r}, which is not in the vocabulary")
     return ids[text]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_checkpoint import write_checkpoint
 
 from omnivlm_edge import OmniVLM
 from omnivlm_edge.convert import convert_checkpoint
+from tiny_checkpoint import write_checkpoint
 
 
 @pytest.fixture(scope="session")

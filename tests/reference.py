@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
+
 from tiny_gguf import VisionShape
 
 Array = npt.NDArray[np.float64]

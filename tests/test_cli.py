@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import re
 import signal
 import subprocess
@@ -11,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import pexpect
 import pytest
 from PIL import Image
+
 from tiny_checkpoint import write_checkpoint
 
 COMMAND = [sys.executable, "-m", "omnivlm_edge"]
@@ -85,20 +85,15 @@ def test_prompt_loop_survives_a_wrong_picture(tiny_model: Path, tmp_path: Path) 
 
 
 def test_prompt_loop_on_a_terminal(tiny_model: Path, image: Path) -> None:
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [*COMMAND, "run", str(tiny_model), "-n", "4"],
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        env=os.environ | {"TERM": "dumb"},
-    )
-    os.close(slave)
-    os.write(master, f"{image}\nWhat is it?\n\x04".encode())
-    assert process.wait(timeout=60) == 0
-    screen = os.read(master, 100_000).decode(errors="replace")
-    os.close(master)
-    assert screen.count(">>> ") == 3
+    with pexpect.spawn(COMMAND[0], [*COMMAND[1:], "run", str(tiny_model), "-n", "4"]) as terminal:
+        terminal.expect_exact(">>> ", timeout=60)
+        terminal.sendline(str(image))
+        terminal.expect_exact(">>> ", timeout=60)
+        terminal.sendline("What is it?")
+        terminal.expect_exact(">>> ", timeout=60)
+        terminal.sendline("/bye")
+        terminal.expect(pexpect.EOF, timeout=60)
+    assert terminal.exitstatus == 0
 
 
 FAILURES = {
@@ -109,7 +104,11 @@ FAILURES = {
     "no device": (["run", "{model}", "-i", "{image}", "-p", "?", "--device", "x"], 1, "device 'x'"),
     "no threads": (["run", "{model}", "-i", "{image}", "-p", "?", "-t", "0"], 1, "n_threads is 0"),
     "no tokens": (["run", "{model}", "-i", "{image}", "-p", "?", "-n", "0"], 1, "max_tokens is 0"),
-    "cold": (["run", "{model}", "-i", "{image}", "-p", "?", "--temp", "-1"], 1, "temperature is -1"),
+    "cold": (
+        ["run", "{model}", "-i", "{image}", "-p", "?", "--temp", "-1"],
+        1,
+        "temperature is -1",
+    ),
     "no picture": (["run", "{model}", "-p", "?"], 2, "add -i IMAGE"),
     "no model": (["run"], 2, "Missing argument 'MODEL'"),
     "no number": (["run", "{model}", "-n", "many"], 2, "not a valid integer"),
@@ -165,5 +164,14 @@ def test_help_and_version() -> None:
     assert re.fullmatch(r"omnivlm-edge, version \d+\.\d+\.\d+\n", run("--version").stdout)
     result = run("run", "--help")
     assert result.returncode == 0
-    for option in "--mmproj --image --prompt --max-tokens --temp --seed --threads --device".split():
+    for option in [
+        "--mmproj",
+        "--image",
+        "--prompt",
+        "--max-tokens",
+        "--temp",
+        "--seed",
+        "--threads",
+        "--device",
+    ]:
         assert option in result.stdout

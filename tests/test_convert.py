@@ -18,9 +18,9 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, TokenType, quants
 
 import tiny_checkpoint
-from omnivlm_edge import prompt
-from omnivlm_edge.convert import VARIANTS, convert_checkpoint, convert_mmproj
-from omnivlm_edge.errors import ConvertError, ModelFileError
+from omnivlm_edge.convert import convert_checkpoint, convert_mmproj
+from omnivlm_edge.convert import weights as weights_module
+from omnivlm_edge.errors import ConvertError, ModelFileError, PromptError
 from tiny_checkpoint import Dims, write_checkpoint, write_safetensors, write_weights
 
 Weights = dict[str, npt.NDArray[np.float32]]
@@ -127,6 +127,15 @@ def test_every_tensor_has_the_source_values(tmp_path: Path, dtype: str, outtype:
         raw = tensor.data.view(expected.dtype).reshape(expected.shape)
         np.testing.assert_array_equal(raw, expected, err_msg=name)
     assert not written
+
+
+def test_slicing_does_not_show(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tensors are read in slices; here all are, and the last slice is a shorter one."""
+    expected = convert_checkpoint(checkpoint, checkpoint.parent / "whole")
+    monkeypatch.setattr(weights_module, "_SLICE", 7)
+    sliced = convert_checkpoint(checkpoint, checkpoint.parent / "sliced")
+    assert sliced.mmproj.read_bytes() == expected.mmproj.read_bytes()
+    assert sliced.text.read_bytes() == expected.text.read_bytes()
 
 
 def outtype_name(kind: GGMLQuantizationType) -> str:
@@ -258,10 +267,6 @@ def test_prompt_variant(tmp_path: Path, merge: int, variant: str | None, expecte
     found = keys(convert(tmp_path / "demo", variant=variant).mmproj)
     assert found["clip.omnivlm.prompt_variant"] == expected
     assert found["clip.vision.projector.merge_factor"] == merge
-
-
-def test_variants_are_those_of_the_prompt() -> None:
-    assert set(VARIANTS) == set(prompt.VARIANTS)
 
 
 def test_newer_rope_parameters(checkpoint: Path) -> None:
@@ -497,6 +502,7 @@ def test_index_without_a_map(sharded: Path) -> None:
         ("vision_config", "hidden_act", "gelu", "only 'gelu_pytorch_tanh'"),
         ("vision_config", "layer_norm_eps", -1e-6, "positive number"),
         ("vision_config", "layer_norm_eps", float("nan"), "positive number"),
+        ("vision_config", "layer_norm_eps", 10**40, "positive number"),
         ("text_config", "model_type", "llama", "only 'qwen2'"),
         ("text_config", "hidden_act", "gelu", "only 'silu'"),
         ("text_config", "hidden_size", 0, "positive integer"),
@@ -516,6 +522,7 @@ def test_index_without_a_map(sharded: Path) -> None:
         ("text_config", "rope_parameters", {"rope_type": "linear"}, "only 'default'"),
         ("text_config", "use_sliding_window", True, "use_sliding_window is True"),
         ("text_config", "layer_types", ["sliding_attention"], "layer_types"),
+        ("text_config", "layer_types", 5, "layer_types is not a list"),
         ("text_config", "tie_word_embeddings", "yes", "tie_word_embeddings is 'yes'"),
     ],
 )
@@ -711,6 +718,7 @@ def set_split(**values: Any) -> Callable[[dict[str, Any]], object]:
         (lambda c: c.update(normalizer={"type": "Lowercase"}), "only 'NFC'"),
         (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "only 'Sequence'"),
         (lambda c: c["pre_tokenizer"]["pretokenizers"].pop(0), r"Qwen2's is \['Split'"),
+        (lambda c: c["pre_tokenizer"].update(pretokenizers=None), "pretokenizers is not a list"),
         (set_split(pattern={"Regex": r"\s+"}), "not Qwen2's expression"),
         (set_split(behavior="Removed"), "behavior"),
         (lambda c: c.pop("model"), "the key model is missing"),
@@ -729,6 +737,7 @@ def test_unusable_tokenizer(
     [
         ({"tokenizer_class": "LlamaTokenizer"}, "tokenizer_class"),
         ({"eos_token": "<end>"}, "eos_token is '<end>'"),
+        ({"bos_token": []}, r"bos_token is \[\]"),
         ({"pad_token": {"content": "<pad>"}}, "pad_token is '<pad>'"),
     ],
 )
@@ -753,12 +762,13 @@ def test_missing_tokenizer(checkpoint: Path, missing: str) -> None:
 def test_wrong_arguments(checkpoint: Path, tmp_path: Path) -> None:
     for options, match in (
         ({"outtype": "q4_0"}, "no output type 'q4_0'; choose one of f16, bf16, f32"),
-        ({"variant": "ocr"}, "no prompt variant 'ocr'; choose one of vlm-81-instruct"),
         ({"name": "../x"}, "cannot be part of a file name"),
         ({"name": ""}, "cannot be part of a file name"),
     ):
         with pytest.raises(ConvertError, match=match):
             convert_checkpoint(checkpoint, tmp_path / "out", **options)
+    with pytest.raises(PromptError, match="variant 'ocr' is unknown: it must be one of vlm-81"):
+        convert_checkpoint(checkpoint, tmp_path / "out", variant="ocr")
     with pytest.raises(ConvertError, match="is not a directory"):
         convert_checkpoint(checkpoint / "config.json", tmp_path / "out")
     with pytest.raises(ConvertError, match="cannot be made a directory"):
@@ -979,7 +989,7 @@ def test_published_mmproj_becomes_what_the_checkpoint_becomes(
 def test_published_variant(published: Path, tmp_path: Path) -> None:
     new = convert_mmproj(published, tmp_path / "new", variant="vlm-81-ocr")
     assert keys(GGUFReader(new))["clip.omnivlm.prompt_variant"] == "vlm-81-ocr"
-    with pytest.raises(ConvertError, match="no prompt variant 'x'; choose one of"):
+    with pytest.raises(PromptError, match="prompt variant 'x' is unknown"):
         convert_mmproj(published, tmp_path / "new", variant="x")
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_gguf
 from PIL import Image
-from tiny_checkpoint import write_checkpoint
 
+import tiny_gguf
 from omnivlm_edge import (
     Answer,
     BusyError,
@@ -30,6 +29,7 @@ from omnivlm_edge import (
 )
 from omnivlm_edge.convert import convert_checkpoint
 from omnivlm_edge.engine import _HeaderFilter
+from tiny_checkpoint import write_checkpoint
 
 SHORT = GenerateOptions(max_tokens=12)
 
@@ -228,7 +228,7 @@ def test_wrong_picture_leaves_the_model_usable(engine: OmniVLM, picture: Image.I
         ({"n_threads": 0}, DeviceError, "n_threads is 0"),
         ({"n_threads": 10**9}, DeviceError, "n_threads is 1000000000"),
         ({"n_ctx": 0}, ContextOverflowError, "n_ctx is 0"),
-        ({"variant": "vlm-9000"}, ModelFileError, "variant 'vlm-9000' is unknown"),
+        ({"variant": "vlm-9000"}, PromptError, "variant 'vlm-9000' is unknown"),
     ],
 )
 def test_wrong_arguments(

@@ -91,7 +91,19 @@ def sixteen_bit_grey(value: int) -> bytes:
         (sixteen_bit_grey(0xFFFF), (255, 255, 255)),
         (sixteen_bit_grey(0x4D00), (77, 77, 77)),
     ],
-    ids="transparent opaque half grey-alpha palette grey bilevel cmyk indexed 16bit 16bit-77".split(),
+    ids=[
+        "transparent",
+        "opaque",
+        "half",
+        "grey-alpha",
+        "palette",
+        "grey",
+        "bilevel",
+        "cmyk",
+        "indexed",
+        "16bit",
+        "16bit-77",
+    ],
 )
 def test_every_mode_becomes_rgb(data: bytes, colour: tuple[int, int, int]) -> None:
     got = solid(load_image(data))
@@ -170,7 +182,9 @@ def test_decompression_bomb() -> None:
     """A PNG that claims 50,000 x 50,000 pixels in a few bytes."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99)))

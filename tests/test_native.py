@@ -12,11 +12,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+
 import reference
 import tiny_gguf
-from tiny_gguf import VisionShape
-
 from omnivlm_edge import DeviceError, ModelFileError, _native
+from tiny_gguf import VisionShape
 
 SHAPES = {
     "81 tokens style": VisionShape(),

@@ -212,12 +212,12 @@ def train(args: argparse.Namespace) -> None:
                 ),
                 "loss, answers, patches": np.mean(losses, 0).round(4).tolist(),
             }
-            if joint:
-                report |= evaluate(average, items)
-            print(json.dumps(report), flush=True)
             save_checkpoint(average, args.out)
             state = {name: part.state_dict() for name, part in parts.items()}
             torch.save(state | {"spent": progress * 60 * args.minutes, "steps": steps}, state_file)
+            if joint:
+                report |= evaluate(average, items)
+            print(json.dumps(report), flush=True)
             if progress >= 1:
                 return
             reported, reported_steps, losses = time.monotonic(), steps, []
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--every", type=float, default=4, help="minutes between reports")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--scenes", type=int, default=100, help="held-out scenes per report")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from OUT.state.pt")

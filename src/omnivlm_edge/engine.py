@@ -33,8 +33,8 @@ class OmniVLM:
         n_ctx: positions in the context; at most what the model was trained for.
         n_threads: CPU threads; the cores that this process may use when left out.
 
-    Raises ModelFileError, DeviceError. One object generates one answer at a time: a second one
-    raises BusyError until the first is finished or its iterator closed.
+    Raises ModelFileError, DeviceError, PromptError. One object generates one answer at a time:
+    a second one raises BusyError until the first is finished or its iterator closed.
     """
 
     def __init__(

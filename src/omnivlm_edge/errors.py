@@ -3,7 +3,7 @@
 OmniVLMError
 ├── ModelFileError     a GGUF file is missing, damaged, of another kind, or does not fit its partner
 ├── ImageError         a picture is missing, is not a picture, or is too large
-├── PromptError        the prompt asks for something that this model cannot do
+├── PromptError        a prompt, prompt variant or option that this model cannot use
 │   └── ContextOverflowError   prompt, picture and answer do not fit into the context
 ├── DeviceError        the wanted device does not exist here, or ran out of memory
 ├── ConvertError       a checkpoint cannot be converted
@@ -25,7 +25,7 @@ class ImageError(OmniVLMError):
 
 
 class PromptError(OmniVLMError):
-    """The prompt or a generation option is not usable with this model."""
+    """The prompt, its variant or a generation option is not usable with this model."""
 
 
 class ContextOverflowError(PromptError):

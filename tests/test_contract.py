@@ -1,0 +1,102 @@
+"""What is written in two places says the same in both."""
+
+from __future__ import annotations
+
+import ast
+import re
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import gguf
+import pytest
+
+import omnivlm_edge
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "omnivlm_edge"
+
+# Imports point downward only; each module names the ones that it may use.
+STAGES = {"image", "vision", "prompt", "decoder", "models", "device"}
+ALLOWED = {
+    "errors": set(),
+    "values": set(),
+    "image": {"errors"},
+    "vision": {"_native"},
+    "device": {"_native", "errors"},
+    "models": {"_native", "errors", "values"},
+    "prompt": {"errors"},
+    "decoder": {"_native", "errors", "prompt", "values"},
+    "engine": STAGES | {"errors", "values"},
+    "cli": {"engine", "convert", "decoder", "image", "errors", "values"},
+    "__init__": {"engine", "device", "errors", "values"},
+    "__main__": {"cli"},
+}
+
+
+def test_version_is_in_the_changelog() -> None:
+    assert f"## [{version('omnivlm-edge')}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert omnivlm_edge.__version__ == version("omnivlm-edge")
+
+
+def test_every_public_name_is_documented() -> None:
+    for name in omnivlm_edge.__all__:
+        assert getattr(omnivlm_edge, name).__doc__, name
+
+
+def test_every_error_is_exported_and_in_the_tree() -> None:
+    from omnivlm_edge import errors
+
+    classes = [name for name, value in vars(errors).items() if isinstance(value, type)]
+    assert set(classes) <= set(omnivlm_edge.__all__)
+    tree = re.findall(r"^[^\w]*(\w+Error)\b", errors.__doc__ or "", re.MULTILINE)
+    assert sorted(tree) == sorted(classes)
+
+
+def test_package_is_typed_and_the_stub_is_generated() -> None:
+    package = files("omnivlm_edge")
+    assert (package / "py.typed").is_file()
+    stub = (package / "_native.pyi").read_text()
+    for name in ("class VisionEncoder", "def encode", "def devices", "def gguf_architecture"):
+        assert name in stub
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in PACKAGE.glob("*.py")))
+def test_imports_point_downward(module: str) -> None:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    used = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            used |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
+        assert not (isinstance(node, ast.ImportFrom) and node.level > 1)
+    assert used <= ALLOWED[module], f"{module} may not import {used - ALLOWED[module]}"
+
+
+def test_one_place_imports_llama_cpp() -> None:
+    users = {
+        path.stem
+        for path in PACKAGE.glob("*.py")
+        if re.search(r"import llama_cpp", path.read_text())
+    }
+    assert users == {"decoder"}
+
+
+def test_model_md_lists_every_key_and_tensor(tiny_model: Path) -> None:
+    text = (ROOT / "MODEL.md").read_text()
+    (mmproj,) = tiny_model.glob("mmproj*.gguf")
+    reader = gguf.GGUFReader(mmproj)
+    for key in reader.fields:
+        if not key.startswith("GGUF."):
+            assert f"`{key}`" in text, key
+    for tensor in reader.tensors:
+        name = re.sub(r"\.\d+\.", ".N.", tensor.name, count=tensor.name.startswith("v."))
+        name = re.sub(r"attn_[qkv]\b", "attn_{q,k,v}", name)
+        stem = name.rsplit(".", 1)[0]
+        assert f"`{stem}`" in text or f"`{name}`" in text, tensor.name
+
+
+def test_llama_cpp_python_is_pinned_once_for_build_and_run() -> None:
+    pins = re.findall(r'"(llama-cpp-python[^"]*)"', (ROOT / "pyproject.toml").read_text())
+    assert len(pins) == 2
+    assert len(set(pins)) == 1
+    assert pins[0] in (ROOT / "Makefile").read_text()

@@ -1,0 +1,165 @@
+"""Converter and runtime against transformers: same picture, same prompt, same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from omnivlm_edge import GenerateOptions, ModelFiles, OmniVLM
+from omnivlm_edge.convert import convert_checkpoint
+from omnivlm_edge.decoder import TextDecoder
+from omnivlm_edge.device import select_device
+from omnivlm_edge.image import load_image, preprocess
+from omnivlm_edge.models import find_model
+from omnivlm_edge.prompt import ANSWER_HEADER, Prompt, build_prompt
+from omnivlm_edge.vision import Vision
+from tiny_checkpoint import Dims, write_checkpoint
+
+if TYPE_CHECKING:
+    from torch_reference import TorchOmniVLM
+
+pytestmark = [
+    pytest.mark.reference,
+    pytest.mark.filterwarnings("default"),  # torch and transformers deprecate things of their own
+]
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+N_TOKENS = 64
+
+
+def torch_reference():  # type: ignore[no-untyped-def]
+    """Imported late: without torch the other tests must still be collected."""
+    import torch_reference
+
+    return torch_reference
+
+
+def whole_text(pieces: tuple) -> str:  # type: ignore[type-arg]
+    return "".join(piece.text for piece in pieces)
+
+
+@contextmanager
+def runtime(files: ModelFiles) -> Iterator[tuple[Vision, TextDecoder]]:
+    device = select_device("cpu")
+    decoder = TextDecoder(files.text, device, n_ctx=1024, n_threads=2)
+    yield Vision(files.mmproj, device, 2), decoder
+    decoder.close()
+
+
+def runtime_logits(
+    vision: Vision, decoder: TextDecoder, pixels: np.ndarray, prompt: Prompt, n: int
+) -> np.ndarray:
+    """Greedy decoding in our runtime, past any end of turn: logits [n, n_vocab]."""
+    sequence = decoder.open(GenerateOptions())
+    before, after = decoder.tokenize(prompt.before, start=True), decoder.tokenize(prompt.after)
+    decoder.prefill(sequence, [before, vision.encode(pixels[None])[0], after])
+    rows = [decoder.logits(sequence)]
+    while len(rows) < n:
+        decoder.sample(sequence)
+        decoder.decode([sequence])
+        rows.append(decoder.logits(sequence))
+    decoder.close_sequence(sequence)
+    return np.stack(rows)
+
+
+def torch_logits(
+    reference: TorchOmniVLM, checkpoint: Path, pixels: np.ndarray, prompt: Prompt, n: int
+) -> np.ndarray:
+    import torch
+
+    tokenizer = torch_reference().tokenizer_of(checkpoint)
+    before, after = (
+        tokenizer.encode(whole_text(part), add_special_tokens=False).ids
+        for part in (prompt.before, prompt.after)
+    )
+    return reference.logits(torch.from_numpy(pixels)[None], before, after, n).numpy()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("image_size", "merge", "tied"),
+    [(84, 9, True), (42, 1, True), (126, 9, False)],
+    ids=["merge 9", "merge 1", "untied head"],
+)
+def test_f32_gives_identical_tokens(
+    tmp_path: Path, picture: Image.Image, image_size: int, merge: int, tied: bool, seed: int
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    write_checkpoint(checkpoint, image_size=image_size, merge=merge, tied=tied, seed=seed)
+    files = convert_checkpoint(checkpoint, tmp_path / "model", "f32")
+    pixels = preprocess(load_image(picture), image_size, [0.5] * 3, [0.5] * 3)
+    prompt = build_prompt("What is it? 这是什么？", "vlm-81-instruct")
+    reference = torch_reference().from_checkpoint(checkpoint)
+    want = torch_logits(reference, checkpoint, pixels, prompt, N_TOKENS)
+    with runtime(files) as (vision, decoder):
+        got = runtime_logits(vision, decoder, pixels, prompt, N_TOKENS)
+    assert list(got.argmax(-1)) == list(want.argmax(-1))
+    assert len(set(want.argmax(-1))) > 5  # no trivial loop
+
+
+@pytest.mark.parametrize(("outtype", "cosine"), [("f32", 0.9999), ("f16", 0.999), ("bf16", 0.99)])
+def test_logits_of_rounded_weights(
+    tmp_path: Path, picture: Image.Image, outtype: str, cosine: float
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    dims = Dims(image_size=84, vision_layers=3, text_layers=3)
+    write_checkpoint(checkpoint, dims=dims)
+    files = convert_checkpoint(checkpoint, tmp_path / "model", outtype)
+    pixels = preprocess(load_image(picture), 84, [0.5] * 3, [0.5] * 3)
+    prompt = build_prompt("What is it?", "vlm-81-instruct")
+    reference = torch_reference().from_checkpoint(checkpoint)
+    want = torch_logits(reference, checkpoint, pixels, prompt, 1)[0]
+    with runtime(files) as (vision, decoder):
+        got = runtime_logits(vision, decoder, pixels, prompt, 1)[0]
+    assert got @ want >= cosine * np.linalg.norm(got) * np.linalg.norm(want)
+
+
+def test_preprocessing_is_siglips_own(picture: Image.Image) -> None:
+    from transformers import SiglipImageProcessorPil
+
+    processor = SiglipImageProcessorPil(
+        size={"height": 42, "width": 42}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    want = np.asarray(processor(images=picture, return_tensors="np")["pixel_values"])[0]
+    got = preprocess(load_image(picture), 42, [0.5] * 3, [0.5] * 3)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["horses.png", "shopping.png"])
+def test_prefilled_header_changes_no_answer(name: str) -> None:
+    """The demo model, as the original, writes `\\n<|im_start|>assistant\\n` before its answer.
+
+    From a prompt without that header PyTorch generates header and answer; from a prompt with it
+    our runtime must generate the same answer.
+    """
+    import torch
+
+    files = find_model("demo")
+    reference = torch_reference().from_gguf(files.text, files.mmproj)
+    with OmniVLM("demo", device="cpu") as model:
+        answer = model.answer(EXAMPLES / name, "Describe the image")
+    with runtime(files) as (vision, decoder):
+        hparams = vision.hparams
+        pixels = preprocess(
+            load_image(EXAMPLES / name), hparams.image_size, hparams.image_mean, hparams.image_std
+        )
+        bare = build_prompt("Describe the image", "vlm-81-instruct", header="")
+        before, after = decoder.tokenize(bare.before), decoder.tokenize(bare.after)
+        logits = reference.logits(torch.from_numpy(pixels)[None], before, after, N_TOKENS)
+        tokens = logits.argmax(-1).tolist()
+        end = decoder.special_token("<|im_end|>")
+        header = decoder.tokenize(build_prompt("", "vlm-81-instruct").after[2:])
+        sequence = decoder.open(GenerateOptions())
+        text = ""
+        for sequence.last_token in tokens[len(header) : tokens.index(end)]:
+            text += decoder.text(sequence)
+        decoder.close_sequence(sequence)
+    assert whole_text(build_prompt("", "vlm-81-instruct").after[2:]) == ANSWER_HEADER
+    assert tokens[: len(header)] == header
+    assert text == answer.text
