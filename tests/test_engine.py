@@ -184,7 +184,11 @@ def test_close_while_another_thread_answers(tiny_model: Path, picture: Image.Ima
         started = threading.Event()
         outcome: list[object] = []
 
-        def work(model: OmniVLM = model, started: threading.Event = started) -> None:
+        def work(
+            model: OmniVLM = model,
+            started: threading.Event = started,
+            outcome: list[object] = outcome,
+        ) -> None:
             try:
                 for _ in model.generate(picture, "What is it?", GenerateOptions(max_tokens=300)):
                     started.set()

@@ -87,7 +87,7 @@ def tokenizer_of(path: Path) -> Tokenizer:
     return Tokenizer.from_file(str(path / "tokenizer.json"))
 
 
-# --- and back from GGUF, to check a model whose checkpoint is not at hand --------------------------
+# --- and back from GGUF, to check a model whose checkpoint is not at hand -------------------------
 
 _VISION_NAMES = {
     "v.patch_embd": "embeddings.patch_embedding",

@@ -1,6 +1,6 @@
 """How often a model is right about held-out scenes: things that never met in its training.
 
-python train/evaluate.py MODEL.gguf MMPROJ.gguf -o bench/results/demo_accuracy.json
+python train/evaluate.py demo -o bench/results/demo_accuracy.json
 """
 
 import argparse
@@ -85,31 +85,32 @@ def score(
 
 
 def main() -> None:
-    """Score a GGUF pair with the runtime."""
-    from omnivlm_edge import OmniVLM
+    """Score a model with the runtime."""
+    from omnivlm_edge import ImageEmbedding, OmniVLM
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, help="the decoder's GGUF file")
-    parser.add_argument("mmproj", type=Path, help="the vision tower's GGUF file")
+    parser.add_argument("model", help="demo, a directory of two GGUF files, or the text model's")
+    parser.add_argument("--mmproj", type=Path, help="the vision file, if it lies elsewhere")
     parser.add_argument("-n", "--scenes", type=int, default=500)
     parser.add_argument("--seed", type=int, default=2024)
     parser.add_argument("-o", "--out", type=Path, help="where to write the JSON record")
     args = parser.parse_args()
-    model = OmniVLM(args.model, args.mmproj)
-    encoded: list = [None, None]  # the last image and its embedding: questions come scene by scene
 
-    def answer(image: Image.Image, question: str) -> str:
-        if encoded[0] is not image:
-            encoded[:] = image, model.encode(image)
-        return model.answer(encoded[1], question).text
+    with OmniVLM(args.model, args.mmproj) as model:
+        encoded: dict[int, ImageEmbedding] = {}  # by the image's identity; the exam keeps it alive
 
-    record = {
-        "model": args.model.name,
-        "mmproj": args.mmproj.name,
-        "scenes": args.scenes,
-        "seed": args.seed,
-        "accuracy": score(answer, args.scenes, args.seed),
-    }
+        def answer(image: Image.Image, question: str) -> str:
+            if id(image) not in encoded:
+                encoded[id(image)] = model.encode(image)
+            return model.answer(encoded[id(image)], question).text
+
+        record = {
+            "model": model.files.text.name,
+            "mmproj": model.files.mmproj.name,
+            "scenes": args.scenes,
+            "seed": args.seed,
+            "accuracy": score(answer, args.scenes, args.seed),
+        }
     text = json.dumps(record, indent=2)
     print(text)
     if args.out:
