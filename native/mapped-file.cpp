@@ -22,7 +22,7 @@ MappedFile::MappedFile(const std::string & path) {
     void *      mapping = MAP_FAILED;
     const bool  regular = fstat(fd, &status) == 0 && S_ISREG(status.st_mode);
     if (regular && status.st_size > 0) {
-        mapping = mmap(nullptr, static_cast<size_t>(status.st_size), PROT_READ, MAP_PRIVATE, fd, 0);
+        mapping = mmap(nullptr, static_cast<size_t>(status.st_size), PROT_READ, MAP_SHARED, fd, 0);
     }
     close(fd);
     if (!regular) {
