@@ -1,6 +1,7 @@
 // The native door of omnivlm_edge: types, names, error mapping and the GIL; no arithmetic.
 
 #include "errors.h"
+#include "text-file.h"
 #include "vision-encoder.h"
 
 #include <nanobind/nanobind.h>
@@ -133,6 +134,8 @@ NB_MODULE(_native, m) {
     m.def("devices", &devices, "Every device that ggml was built with and finds on this machine.");
     m.def("gguf_architecture", &gguf_architecture, "path"_a,
           "The value of general.architecture. Raises ModelFileError when the file is no whole GGUF file.");
+    m.def("check_text_file", &check_text_file, "path"_a, nb::call_guard<nb::gil_scoped_release>(),
+          "Raises ModelFileError for damage in a text model's file that llama.cpp would not survive.");
 }
 
 }  // namespace omnivlm

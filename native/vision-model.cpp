@@ -1,169 +1,17 @@
 #include "vision-model.h"
 
 #include "errors.h"
-#include "gguf.h"
+#include "gguf-reader.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <new>
 #include <utility>
 
 namespace omnivlm {
 namespace {
 
-constexpr int64_t MAX_DIMENSION = 1 << 17;  // far above any tower, far below any integer overflow
-constexpr size_t  CPU_ALIGNMENT = 32;       // what ggml's CPU kernels expect of a tensor's address
-
-// While it lives, ggml's error messages of this thread are collected instead of printed.
-class LogCapture {
-  public:
-    LogCapture() {
-        ggml_log_get(&previous_, &previous_data_);
-        text().clear();
-        ggml_log_set(collect, nullptr);
-    }
-
-    ~LogCapture() { ggml_log_set(previous_, previous_data_); }
-
-    LogCapture(const LogCapture &)             = delete;
-    LogCapture & operator=(const LogCapture &) = delete;
-
-    // The first message, without ggml's function name and line end.
-    static std::string reason() {
-        const std::string line  = text().substr(0, text().find('\n'));
-        const size_t      colon = line.find(": ");
-        return colon == std::string::npos ? line : line.substr(colon + 2);
-    }
-
-  private:
-    static std::string & text() {
-        thread_local std::string collected;
-        return collected;
-    }
-
-    static void collect(ggml_log_level level, const char * message, void *) {
-        if (level == GGML_LOG_LEVEL_ERROR) {
-            text() += message;
-        }
-    }
-
-    ggml_log_callback previous_      = nullptr;
-    void *            previous_data_ = nullptr;
-};
-
-gguf_context_ptr parse_gguf(const std::string & path, const MappedFile & file, ggml_context ** meta) {
-    if (file.size() < 4 || std::memcmp(file.data(), "GGUF", 4) != 0) {
-        throw ModelFileError(path + ": is not a GGUF file");
-    }
-    const gguf_init_params params = { /*.no_alloc =*/true, /*.ctx =*/meta };
-    const LogCapture       log;
-    gguf_context_ptr       gguf(gguf_init_from_buffer(file.data(), file.size(), params));
-    if (!gguf) {
-        throw ModelFileError(path + ": is damaged or cut off (" + LogCapture::reason() +
-                             "); download or convert it again");
-    }
-    return gguf;
-}
-
-std::string string_value(const std::string & path, const gguf_context_ptr & gguf, int64_t id) {
-    const std::string value = gguf_get_val_str(gguf.get(), id);
-    for (const char c : value) {
-        if (c < ' ' || c > '~') {
-            throw ModelFileError(path + ": key " + gguf_get_key(gguf.get(), id) +
-                                 " is not plain text; download or convert it again");
-        }
-    }
-    return value;
-}
-
-// Typed, checked access to the keys and tensors of one file.
-class Reader {
-  public:
-    explicit Reader(const std::string & path) : path_(path), file_(path) {
-        ggml_context * meta = nullptr;
-        gguf_               = parse_gguf(path, file_, &meta);
-        meta_.reset(meta);
-    }
-
-    [[noreturn]] void fail(const std::string & what) const { throw ModelFileError(path_ + ": " + what); }
-
-    bool has_key(const std::string & key) const { return gguf_find_key(gguf_.get(), key.c_str()) >= 0; }
-
-    std::string string(const std::string & key) const {
-        return string_value(path_, gguf_, require(key, GGUF_TYPE_STRING));
-    }
-
-    // A count or size: 1 .. MAX_DIMENSION.
-    int64_t dimension(const std::string & key) const {
-        const int64_t value = gguf_get_val_u32(gguf_.get(), require(key, GGUF_TYPE_UINT32));
-        if (value < 1 || value > MAX_DIMENSION) {
-            fail("key " + key + " is " + std::to_string(value) + ", outside 1.." + std::to_string(MAX_DIMENSION));
-        }
-        return value;
-    }
-
-    float number(const std::string & key) const {
-        return gguf_get_val_f32(gguf_.get(), require(key, GGUF_TYPE_FLOAT32));
-    }
-
-    std::array<float, 3> rgb(const std::string & key) const {
-        const int64_t id = require(key, GGUF_TYPE_ARRAY);
-        if (gguf_get_arr_type(gguf_.get(), id) != GGUF_TYPE_FLOAT32 || gguf_get_arr_n(gguf_.get(), id) != 3) {
-            fail("key " + key + " is not an array of three float32");
-        }
-        std::array<float, 3> values{};
-        std::memcpy(values.data(), gguf_get_arr_data(gguf_.get(), id), sizeof(values));
-        for (const float value : values) {
-            if (!std::isfinite(value)) {
-                fail("key " + key + " holds a value that is not finite");
-            }
-        }
-        return values;
-    }
-
-    const ggml_tensor * tensor(const std::string & name) const {
-        const ggml_tensor * tensor = ggml_get_tensor(meta_.get(), name.c_str());
-        if (tensor == nullptr) {
-            fail("tensor " + name + " is missing");
-        }
-        return tensor;
-    }
-
-    // Where the tensor's bytes stand in the mapping; they are inside the file.
-    char * tensor_data(const ggml_tensor * tensor) const {
-        const int64_t id    = gguf_find_tensor(gguf_.get(), tensor->name);
-        const size_t  start = gguf_get_data_offset(gguf_.get()) + gguf_get_tensor_offset(gguf_.get(), id);
-        const size_t  size  = ggml_nbytes(tensor);
-        if (start > file_.size() || size > file_.size() - start) {
-            fail("tensor " + std::string(tensor->name) + " reaches beyond the end of the file: it was cut off; " +
-                 "download or convert it again");
-        }
-        return file_.data() + start;
-    }
-
-    const MappedFile & file() const { return file_; }
-
-    MappedFile take_file() { return std::move(file_); }
-
-  private:
-    int64_t require(const std::string & key, gguf_type type) const {
-        const int64_t id = gguf_find_key(gguf_.get(), key.c_str());
-        if (id < 0) {
-            fail("key " + key + " is missing");
-        }
-        if (gguf_get_kv_type(gguf_.get(), id) != type) {
-            fail("key " + key + " has type " + gguf_type_name(gguf_get_kv_type(gguf_.get(), id)) + " instead of " +
-                 gguf_type_name(type));
-        }
-        return id;
-    }
-
-    std::string      path_;
-    MappedFile       file_;
-    gguf_context_ptr gguf_;
-    ggml_context_ptr meta_;
-};
+constexpr size_t CPU_ALIGNMENT = 32;  // what ggml's CPU kernels expect of a tensor's address
 
 // Where the two layouts differ by more than a key prefix.
 struct Layout {
@@ -173,7 +21,7 @@ struct Layout {
     bool         published;
 };
 
-Layout read_layout(const Reader & reader) {
+Layout read_layout(const GgufReader & reader) {
     const std::string architecture = reader.string("general.architecture");
     if (architecture == "siglip") {
         return { "siglip.", "ffn_down", "ffn_up", true };  // the published converter swapped the names
@@ -190,7 +38,7 @@ Layout read_layout(const Reader & reader) {
                 "pass the mmproj file here and the text model as the model");
 }
 
-VisionHparams read_hparams(const Reader & reader, const Layout & layout) {
+VisionHparams read_hparams(const GgufReader & reader, const Layout & layout) {
     const std::string vision = layout.prefix + "vision.";
 
     VisionHparams hparams;
@@ -258,7 +106,7 @@ VisionHparams read_hparams(const Reader & reader, const Layout & layout) {
 // Declares the tensors that the graph uses in a context of their own and remembers their bytes.
 class WeightReader {
   public:
-    WeightReader(const Reader & reader, ggml_context * context) : reader_(reader), context_(context) {}
+    WeightReader(const GgufReader & reader, ggml_context * context) : reader_(reader), context_(context) {}
 
     Linear linear(const std::string & name, std::vector<int64_t> shape) {
         const int64_t n_out = shape.back();
@@ -326,7 +174,7 @@ class WeightReader {
         return tensor;
     }
 
-    const Reader &      reader_;
+    const GgufReader &  reader_;
     ggml_context *      context_;
     std::vector<Weight> weights_;
 };
@@ -379,7 +227,7 @@ ggml_context_ptr weight_context(int64_t n_layer) {
 }  // namespace
 
 VisionModel load_vision_model(const std::string & path, ggml_backend_dev_t device) {
-    Reader       reader(path);
+    GgufReader   reader(path);
     const Layout layout = read_layout(reader);
 
     VisionModel model;
@@ -411,16 +259,6 @@ VisionModel load_vision_model(const std::string & path, ggml_backend_dev_t devic
         model.file = reader.take_file();
     }
     return model;
-}
-
-std::string gguf_architecture(const std::string & path) {
-    const MappedFile       file(path);
-    const gguf_context_ptr gguf = parse_gguf(path, file, nullptr);
-    const int64_t          id   = gguf_find_key(gguf.get(), "general.architecture");
-    if (id < 0 || gguf_get_kv_type(gguf.get(), id) != GGUF_TYPE_STRING) {
-        throw ModelFileError(path + ": key general.architecture is missing");
-    }
-    return string_value(path, gguf, id);
 }
 
 }  // namespace omnivlm

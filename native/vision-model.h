@@ -81,7 +81,4 @@ struct VisionModel {
 // Throws ModelFileError naming the key or tensor at fault, DeviceError when memory runs out.
 VisionModel load_vision_model(const std::string & path, ggml_backend_dev_t device);
 
-// `general.architecture` of any GGUF file. Throws ModelFileError when it is not a whole GGUF file.
-std::string gguf_architecture(const std::string & path);
-
 }  // namespace omnivlm

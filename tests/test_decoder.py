@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -250,3 +255,95 @@ def test_a_file_that_llama_cpp_refuses(tmp_path: Path, tiny_model: Path) -> None
     cut.write_bytes(text.read_bytes()[:-1000])
     with pytest.raises(ModelFileError, match="cannot load this text model .*bounds"):
         TextDecoder(cut, select_device("cpu"), n_ctx=64, n_threads=1)
+
+
+def value_at(reader: gguf.GGUFReader, key: str, part: int = -1) -> int:
+    """Where in the file a key's value stands."""
+    field = reader.get_field(key)
+    assert field is not None
+    offset: int = field.parts[part].ctypes.data - reader.data.ctypes.data
+    return offset
+
+
+def first_token_twice(reader: gguf.GGUFReader, data: bytearray) -> None:
+    field = reader.get_field("tokenizer.ggml.tokens")
+    assert field is not None
+    first, second = (field.parts[i] for i in field.data[:2])
+    assert len(first) == len(second)
+    start = second.ctypes.data - reader.data.ctypes.data
+    data[start : start + len(first)] = bytes(first)
+
+
+def layers(n: int) -> Callable[[gguf.GGUFReader, bytearray], None]:
+    def change(reader: gguf.GGUFReader, data: bytearray) -> None:
+        struct.pack_into("<I", data, value_at(reader, "qwen2.block_count"), n)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (layers(0), "qwen2.block_count is 0"),
+        (layers(513), "more than the 512 layers"),
+        (layers(2**32 - 1), "qwen2.block_count is 4294967295"),
+        (first_token_twice, "token 1 of key tokenizer.ggml.tokens stands there twice"),
+    ],
+    ids=["no layers", "many layers", "absurd layers", "token twice"],
+)
+def test_damage_that_llama_cpp_would_not_survive(
+    tmp_path: Path, tiny_model: Path, change: Any, message: str
+) -> None:
+    (text,) = (p for p in tiny_model.glob("*.gguf") if not p.name.startswith("mmproj"))
+    data = bytearray(text.read_bytes())
+    change(gguf.GGUFReader(text), data)
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(data)
+    with pytest.raises(ModelFileError, match=message):
+        TextDecoder(damaged, select_device("cpu"), n_ctx=64, n_threads=1)
+
+
+FUZZ = """
+import sys
+from pathlib import Path
+import numpy as np
+from omnivlm_edge import GenerateOptions, OmniVLMError
+from omnivlm_edge.decoder import TextDecoder
+from omnivlm_edge.device import select_device
+
+valid, path, header = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2]), int(sys.argv[3])
+rng = np.random.default_rng(int(sys.argv[4]))
+loaded = refused = 0
+for _ in range(300):
+    data = bytearray(valid)
+    for _ in range(rng.integers(1, 4)):
+        data[rng.integers(header)] = rng.integers(256)
+    if rng.random() < 0.2:
+        del data[rng.integers(len(data)) :]
+    path.write_bytes(data)
+    try:
+        decoder = TextDecoder(path, select_device("cpu"), n_ctx=64, n_threads=1)
+        sequence = decoder.open(GenerateOptions())
+        decoder.prefill(sequence, [[1, 2, 3]])
+        decoder.sample(sequence)
+        decoder.text(sequence)
+        decoder.close()
+        loaded += 1
+    except OmniVLMError:
+        refused += 1
+print(loaded, refused)
+"""
+
+
+def test_damaged_bytes_never_crash(tmp_path: Path, tiny_model: Path) -> None:
+    (text,) = (p for p in tiny_model.glob("*.gguf") if not p.name.startswith("mmproj"))
+    header = gguf.GGUFReader(text).data_offset
+    result = subprocess.run(
+        [sys.executable, "-c", FUZZ, text, tmp_path / "fuzzed.gguf", str(header), "7"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    loaded, refused = map(int, result.stdout.split())
+    assert loaded > 0
+    assert refused > 0

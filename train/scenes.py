@@ -337,7 +337,10 @@ def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """int64 [81]: per patch 1 + the kind that covers most of it, 0 for none, -100 for a little."""
+    """int64 [2, 81]: 1 + the kind of the thing on each patch, and of one with its centre there.
+
+    0 stands for nothing, -100 in the first row for too little to tell.
+    """
     cover = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
     for thing in scene.placed:
         left, top, side = _box(thing, IMAGE_SIZE)
@@ -350,7 +353,11 @@ def patch_labels(scene: Scene) -> np.ndarray:
     counts = np.bincount((patches + offsets).ravel(), minlength=grid * grid * classes)
     counts = counts.reshape(grid * grid, classes)[:, 1:]
     share = counts.max(1) / PATCH**2
-    return np.where(share > 0.2, 1 + counts.argmax(1), np.where(share > 0.05, -100, 0))
+    covered = np.where(share > 0.2, 1 + counts.argmax(1), np.where(share > 0.05, -100, 0))
+    centres = np.zeros_like(covered)
+    for thing in scene.placed:
+        centres[int(thing.y * grid) * grid + int(thing.x * grid)] = thing.kind + 1
+    return np.stack((covered, centres))
 
 
 # ---- questions --------------------------------------------------------------------------------

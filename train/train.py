@@ -31,6 +31,7 @@ RENDER_SIZES = (IMAGE_SIZE, IMAGE_SIZE, 160, 192, 252)
 HEADER_WEIGHT, DECISION_WEIGHT = 0.1, 4.0  # of "assistant", and of "Yes" and "No"; others 1
 TOWER_SHARE = 0.1  # of the time, for the first stage
 DENSE_WEIGHT = 0.3  # of the patch labels, in the second stage
+NOTHING_WEIGHT = 0.3  # of patches without a thing; others 1
 PEAK_RATE, EMA = 1.5e-3, 0.998
 
 
@@ -104,20 +105,26 @@ class Rows(IterableDataset):
 
 
 class DenseHeads(nn.Module):
-    """Names the thing on every patch, from the patch itself and from its image token."""
+    """Names each patch's thing, and a thing whose centre it is; from the patch, and from its token.
+
+    Every thing has one centre: with these in the image tokens, counting is adding up.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch = nn.Linear(WIDTH, CLASSES)
-        self.token = nn.Linear(WIDTH, GROUP * CLASSES)
+        self.patch = nn.Linear(WIDTH, 2 * CLASSES)
+        self.token = nn.Linear(WIDTH, GROUP * 2 * CLASSES)
 
     def forward(self, patches: Tensor, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 81, C], [B, 9, C], [B, 81] -> the loss, and the share right of covered patches."""
-        named = self.patch(patches).float().flatten(0, 1)
-        unpacked = self.token(image).float().view(-1, CLASSES)
-        truth = labels.flatten()
-        loss = F.cross_entropy(named, truth) + F.cross_entropy(unpacked, truth)
-        return loss, (unpacked.argmax(-1) == truth)[truth > 0].float().mean()
+        """[B, 81, C], [B, 9, C], [B, 2, 81] -> the loss, and the share right where a thing is."""
+        truth = labels.transpose(1, 2).flatten()
+        of_patch = self.patch(patches).float().view(-1, CLASSES)
+        of_token = self.token(image).float().view(-1, CLASSES)
+        importance = torch.ones(CLASSES)
+        importance[0] = NOTHING_WEIGHT
+        loss = F.cross_entropy(of_patch, truth, importance)
+        loss = loss + F.cross_entropy(of_token, truth, importance)
+        return loss, (of_token.argmax(-1) == truth)[truth > 0].float().mean()
 
 
 def attention_mask(segments: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from ._native import Device
+from ._native import Device, check_text_file
 from .errors import (
     BusyError,
     ClosedError,
@@ -309,6 +309,7 @@ def _new_sampler(options: GenerateOptions, n_vocab: int) -> Any:
 
 
 def _load_model(path: Path, device: Device) -> Any:
+    check_text_file(str(path))
     params = llama_cpp.llama_model_default_params()
     # A null-terminated list of devices; an empty one keeps everything on the CPU.
     handles = (ctypes.c_void_p * 2)(None if device.kind == "cpu" else device.handle, None)

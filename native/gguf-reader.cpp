@@ -1,0 +1,166 @@
+#include "gguf-reader.h"
+
+#include "errors.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace omnivlm {
+namespace {
+
+constexpr int64_t MAX_DIMENSION = 1 << 17;  // far above any tower, far below any integer overflow
+
+// While it lives, ggml's error messages of this thread are collected instead of printed.
+class LogCapture {
+  public:
+    LogCapture() {
+        ggml_log_get(&previous_, &previous_data_);
+        text().clear();
+        ggml_log_set(collect, nullptr);
+    }
+
+    ~LogCapture() { ggml_log_set(previous_, previous_data_); }
+
+    LogCapture(const LogCapture &)             = delete;
+    LogCapture & operator=(const LogCapture &) = delete;
+
+    // The first message, without ggml's function name and line end.
+    static std::string reason() {
+        const std::string line  = text().substr(0, text().find('\n'));
+        const size_t      colon = line.find(": ");
+        return colon == std::string::npos ? line : line.substr(colon + 2);
+    }
+
+  private:
+    static std::string & text() {
+        thread_local std::string collected;
+        return collected;
+    }
+
+    static void collect(ggml_log_level level, const char * message, void *) {
+        if (level == GGML_LOG_LEVEL_ERROR) {
+            text() += message;
+        }
+    }
+
+    ggml_log_callback previous_      = nullptr;
+    void *            previous_data_ = nullptr;
+};
+
+}  // namespace
+
+GgufReader::GgufReader(const std::string & path) : path_(path), file_(path) {
+    if (file_.size() < 4 || std::memcmp(file_.data(), "GGUF", 4) != 0) {
+        fail("is not a GGUF file");
+    }
+    ggml_context *         meta   = nullptr;
+    const gguf_init_params params = { /*.no_alloc =*/true, /*.ctx =*/&meta };
+    const LogCapture       log;
+    gguf_.reset(gguf_init_from_buffer(file_.data(), file_.size(), params));
+    meta_.reset(meta);
+    if (!gguf_) {
+        fail("is damaged or cut off (" + LogCapture::reason() + "); download or convert it again");
+    }
+}
+
+void GgufReader::fail(const std::string & what) const {
+    throw ModelFileError(path_ + ": " + what);
+}
+
+bool GgufReader::has_key(const std::string & key) const {
+    return gguf_find_key(gguf_.get(), key.c_str()) >= 0;
+}
+
+std::string GgufReader::string(const std::string & key) const {
+    const std::string value = gguf_get_val_str(gguf_.get(), require(key, GGUF_TYPE_STRING));
+    for (const char c : value) {
+        if (c < ' ' || c > '~') {
+            fail("key " + key + " is not plain text; download or convert it again");
+        }
+    }
+    return value;
+}
+
+int64_t GgufReader::dimension(const std::string & key) const {
+    const int64_t value = gguf_get_val_u32(gguf_.get(), require(key, GGUF_TYPE_UINT32));
+    if (value < 1 || value > MAX_DIMENSION) {
+        fail("key " + key + " is " + std::to_string(value) + ", outside 1.." + std::to_string(MAX_DIMENSION));
+    }
+    return value;
+}
+
+float GgufReader::number(const std::string & key) const {
+    return gguf_get_val_f32(gguf_.get(), require(key, GGUF_TYPE_FLOAT32));
+}
+
+std::array<float, 3> GgufReader::rgb(const std::string & key) const {
+    const int64_t id = require_array(key, GGUF_TYPE_FLOAT32);
+    if (gguf_get_arr_n(gguf_.get(), id) != 3) {
+        fail("key " + key + " is not an array of three numbers");
+    }
+    std::array<float, 3> values{};
+    std::memcpy(values.data(), gguf_get_arr_data(gguf_.get(), id), sizeof(values));
+    for (const float value : values) {
+        if (!std::isfinite(value)) {
+            fail("key " + key + " holds a value that is not finite");
+        }
+    }
+    return values;
+}
+
+std::vector<std::string> GgufReader::strings(const std::string & key) const {
+    const int64_t            id   = require_array(key, GGUF_TYPE_STRING);
+    const size_t             size = gguf_get_arr_n(gguf_.get(), id);
+    std::vector<std::string> values;
+    values.reserve(size);
+    for (size_t i = 0; i < size; i++) {
+        values.emplace_back(gguf_get_arr_str(gguf_.get(), id, i));
+    }
+    return values;
+}
+
+size_t GgufReader::array_size(const std::string & key, gguf_type type) const {
+    return gguf_get_arr_n(gguf_.get(), require_array(key, type));
+}
+
+const ggml_tensor * GgufReader::tensor(const std::string & name) const {
+    const ggml_tensor * tensor = ggml_get_tensor(meta_.get(), name.c_str());
+    if (tensor == nullptr) {
+        fail("tensor " + name + " is missing");
+    }
+    return tensor;
+}
+
+char * GgufReader::tensor_data(const ggml_tensor * tensor) const {
+    const int64_t id    = gguf_find_tensor(gguf_.get(), tensor->name);
+    const size_t  start = gguf_get_data_offset(gguf_.get()) + gguf_get_tensor_offset(gguf_.get(), id);
+    const size_t  size  = ggml_nbytes(tensor);
+    if (start > file_.size() || size > file_.size() - start) {
+        fail("tensor " + std::string(tensor->name) + " reaches beyond the end of the file: it was cut off; " +
+             "download or convert it again");
+    }
+    return file_.data() + start;
+}
+
+int64_t GgufReader::require(const std::string & key, gguf_type type) const {
+    const int64_t id = gguf_find_key(gguf_.get(), key.c_str());
+    if (id < 0) {
+        fail("key " + key + " is missing");
+    }
+    if (gguf_get_kv_type(gguf_.get(), id) != type) {
+        fail("key " + key + " has type " + gguf_type_name(gguf_get_kv_type(gguf_.get(), id)) + " instead of " +
+             gguf_type_name(type));
+    }
+    return id;
+}
+
+int64_t GgufReader::require_array(const std::string & key, gguf_type type) const {
+    const int64_t id = require(key, GGUF_TYPE_ARRAY);
+    if (gguf_get_arr_type(gguf_.get(), id) != type) {
+        fail("key " + key + " is an array of " + gguf_type_name(gguf_get_arr_type(gguf_.get(), id)) + " instead of " +
+             gguf_type_name(type));
+    }
+    return id;
+}
+
+}  // namespace omnivlm
