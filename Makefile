@@ -11,7 +11,7 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE README.md \
            $(shell find native src convert -type f -not -path '*/__pycache__/*')
 LINTED  := src convert tests train bench
 
-.PHONY: demo test lint test-reference test-sanitize format clean
+.PHONY: demo test lint test-reference test-sanitize format stub clean
 
 demo: $(VENV)/package.stamp
 	$(BIN)/omnivlm-edge run demo -i examples/horses.png -p "Describe the image"
@@ -33,10 +33,14 @@ format: $(VENV)/test.stamp
 	$(BIN)/ruff format $(LINTED)
 	$(BIN)/clang-format -i native/*.cpp native/*.h
 
+# The types of the extension, generated from it; a test compares.
+stub: $(VENV)/package.stamp
+	$(BIN)/python -m nanobind.stubgen -q -m omnivlm_edge._native -o src/omnivlm_edge/_native.pyi
+
 # The native tests once more, in a build of their own with AddressSanitizer and UBSan.
 test-sanitize: $(VENV)/test.stamp
 	$(PIP) install -q --no-build-isolation --no-deps --target build/sanitize --upgrade \
-	    -C build-dir=build/sanitize-cmake -C cmake.define.OMNIVLM_SANITIZE=ON .
+	    -C build-dir=build/sanitize-cmake -C cmake.define.OMNIVLM_SANITIZE=ON -C cmake.define.OMNIVLM_WERROR=ON .
 	PYTHONPATH=build/sanitize LD_LIBRARY_PATH="$$($(BIN)/python -c 'import llama_cpp, os; print(os.path.dirname(llama_cpp.__file__) + "/lib")')" \
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(BIN)/python -m pytest tests/test_native.py

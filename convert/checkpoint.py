@@ -69,7 +69,7 @@ def convert_checkpoint(
     vocabulary = read_vocabulary(checkpoint, text.vocab, text.eos_token_id)
     tensors = open_weights(checkpoint)
     projector = _projector(checkpoint, root, tensors, vision, text)
-    variant = check_variant(variant or default_variant(projector.merge))
+    variant = check_variant(default_variant(projector.merge) if variant is None else variant)
 
     head = _stores_head(checkpoint, text, tensors)
     vision_rules = _match(mmproj_rules(vision, projector), tensors, checkpoint)

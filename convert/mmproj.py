@@ -44,7 +44,7 @@ def convert_mmproj(old: Path, out_dir: Path, *, variant: str | None = None) -> P
         projector = projector_from_shapes(first, second, vision)
     except ValueError as exc:
         raise ModelFileError(f"{old}: mm.*: {exc}") from exc
-    variant = check_variant(variant or default_variant(projector.merge))
+    variant = check_variant(default_variant(projector.merge) if variant is None else variant)
 
     planned = [_plan(rule, tensors, old) for rule in mmproj_rules(vision, projector)]
     left = tensors.keys() - {rule.published for rule in mmproj_rules(vision, projector)}

@@ -1,6 +1,7 @@
 // The native door of omnivlm_edge: types, names, error mapping and the GIL; no arithmetic.
 
 #include "errors.h"
+#include "log-sink.h"
 #include "text-file.h"
 #include "vision-encoder.h"
 
@@ -31,7 +32,7 @@ Tokens encode(VisionEncoder & encoder, const Pixels & pixels) {
         throw nb::value_error(("pixels must have shape [n, 3, " + side + ", " + side + "]").c_str());
     }
     const size_t shape[] = { pixels.shape(0), static_cast<size_t>(h.n_tokens()), static_cast<size_t>(h.n_embd_text) };
-    auto         data    = std::make_unique<float[]>(shape[0] * shape[1] * shape[2]);
+    auto         data    = std::unique_ptr<float[]>(new float[shape[0] * shape[1] * shape[2]]);  // not zeroed
     {
         const nb::gil_scoped_release release;
         encoder.encode(pixels.data(), static_cast<int64_t>(shape[0]), data.get());
@@ -41,9 +42,16 @@ Tokens encode(VisionEncoder & encoder, const Pixels & pixels) {
     return { raw, 3, shape, owner };
 }
 
-void construct(VisionEncoder * self, const std::string & path, const std::string & device, int n_threads) {
+// Paths travel as bytes: on POSIX systems a file name need not be valid text.
+std::string path_of(const nb::bytes & path) {
+    return { path.c_str(), path.size() };
+}
+
+void construct(VisionEncoder * self, const nb::bytes & path, const std::string & device, int n_threads,
+               bool flash_attention) {
+    const std::string            file = path_of(path);
     const nb::gil_scoped_release release;
-    new (self) VisionEncoder(path, device, n_threads);
+    new (self) VisionEncoder(file, device, n_threads, flash_attention);
 }
 
 struct Device {
@@ -126,16 +134,24 @@ NB_MODULE(_native, m) {
         .def_ro("prompt_variant", &VisionHparams::prompt_variant, "Empty when the file names none.");
 
     nb::class_<VisionEncoder>(m, "VisionEncoder", "The vision path of one mmproj file on one device.")
-        .def("__init__", &construct, "path"_a, "device"_a, "n_threads"_a)
+        .def("__init__", &construct, "path"_a, "device"_a, "n_threads"_a, "flash_attention"_a = true)
         .def("encode", &encode, "pixels"_a.noconvert(),
              "float32 [n, 3, image_size, image_size], normalised -> float32 [n, n_tokens, n_embd_text].")
         .def_prop_ro("hparams", &VisionEncoder::hparams, nb::rv_policy::reference_internal);
 
     m.def("devices", &devices, "Every device that ggml was built with and finds on this machine.");
-    m.def("gguf_architecture", &gguf_architecture, "path"_a,
-          "The value of general.architecture. Raises ModelFileError when the file is no whole GGUF file.");
-    m.def("check_text_file", &check_text_file, "path"_a, nb::call_guard<nb::gil_scoped_release>(),
-          "Raises ModelFileError for damage in a text model's file that llama.cpp would not survive.");
+    m.def(
+        "gguf_architecture", [](const nb::bytes & path) { return gguf_architecture(path_of(path)); }, "path"_a,
+        "The value of general.architecture. Raises ModelFileError when the file is no whole GGUF file.");
+    m.def(
+        "check_text_file", [](const nb::bytes & path) { check_text_file(path_of(path)); }, "path"_a,
+        "Raises ModelFileError for damage in a text model's file that llama.cpp would not survive.");
+
+    ggml_log_set(log_sink, nullptr);
+    m.def(
+        "log_sink_address", [] { return reinterpret_cast<uintptr_t>(&log_sink); },
+        "Address of the ggml_log_callback that collects errors instead of printing.");
+    m.def("take_log_error", &take_log_error, "The first error logged on this thread since the last call.");
 }
 
 }  // namespace omnivlm

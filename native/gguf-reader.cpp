@@ -1,6 +1,7 @@
 #include "gguf-reader.h"
 
 #include "errors.h"
+#include "log-sink.h"
 
 #include <cmath>
 #include <cstring>
@@ -10,43 +11,6 @@ namespace {
 
 constexpr int64_t MAX_DIMENSION = 1 << 17;  // far above any tower, far below any integer overflow
 
-// While it lives, ggml's error messages of this thread are collected instead of printed.
-class LogCapture {
-  public:
-    LogCapture() {
-        ggml_log_get(&previous_, &previous_data_);
-        text().clear();
-        ggml_log_set(collect, nullptr);
-    }
-
-    ~LogCapture() { ggml_log_set(previous_, previous_data_); }
-
-    LogCapture(const LogCapture &)             = delete;
-    LogCapture & operator=(const LogCapture &) = delete;
-
-    // The first message, without ggml's function name and line end.
-    static std::string reason() {
-        const std::string line  = text().substr(0, text().find('\n'));
-        const size_t      colon = line.find(": ");
-        return colon == std::string::npos ? line : line.substr(colon + 2);
-    }
-
-  private:
-    static std::string & text() {
-        thread_local std::string collected;
-        return collected;
-    }
-
-    static void collect(ggml_log_level level, const char * message, void *) {
-        if (level == GGML_LOG_LEVEL_ERROR) {
-            text() += message;
-        }
-    }
-
-    ggml_log_callback previous_      = nullptr;
-    void *            previous_data_ = nullptr;
-};
-
 }  // namespace
 
 GgufReader::GgufReader(const std::string & path) : path_(path), file_(path) {
@@ -55,11 +19,11 @@ GgufReader::GgufReader(const std::string & path) : path_(path), file_(path) {
     }
     ggml_context *         meta   = nullptr;
     const gguf_init_params params = { /*.no_alloc =*/true, /*.ctx =*/&meta };
-    const LogCapture       log;
+    take_log_error();
     gguf_.reset(gguf_init_from_buffer(file_.data(), file_.size(), params));
     meta_.reset(meta);
     if (!gguf_) {
-        fail("is damaged or cut off (" + LogCapture::reason() + "); download or convert it again");
+        fail("is damaged or cut off (" + take_log_error() + "); download or convert it again");
     }
 }
 
@@ -82,11 +46,18 @@ std::string GgufReader::string(const std::string & key) const {
 }
 
 int64_t GgufReader::dimension(const std::string & key) const {
-    const int64_t value = gguf_get_val_u32(gguf_.get(), require(key, GGUF_TYPE_UINT32));
+    return checked_dimension("key " + key, gguf_get_val_u32(gguf_.get(), require(key, GGUF_TYPE_UINT32)));
+}
+
+int64_t GgufReader::checked_dimension(const std::string & what, int64_t value) const {
     if (value < 1 || value > MAX_DIMENSION) {
-        fail("key " + key + " is " + std::to_string(value) + ", outside 1.." + std::to_string(MAX_DIMENSION));
+        fail(what + " is " + std::to_string(value) + ", outside 1.." + std::to_string(MAX_DIMENSION));
     }
     return value;
+}
+
+int64_t GgufReader::n_tensors() const {
+    return gguf_get_n_tensors(gguf_.get());
 }
 
 float GgufReader::number(const std::string & key) const {

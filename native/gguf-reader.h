@@ -21,6 +21,11 @@ class GgufReader {
 
     [[noreturn]] void fail(const std::string & what) const;
 
+    // `value` itself if it is 1 .. 131072; `what` names it in the error.
+    int64_t checked_dimension(const std::string & what, int64_t value) const;
+
+    int64_t n_tensors() const;
+
     bool has_key(const std::string & key) const;
 
     std::string          string(const std::string & key) const;     // printable ASCII

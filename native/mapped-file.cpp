@@ -14,7 +14,7 @@
 namespace omnivlm {
 
 MappedFile::MappedFile(const std::string & path) {
-    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0) {
         throw ModelFileError(path + ": cannot be opened (" + std::strerror(errno) + "); check the path");
     }

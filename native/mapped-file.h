@@ -1,4 +1,5 @@
-// A whole file mapped read-only into memory; unmapped on destruction.
+// A whole file mapped read-only into memory; unmapped on destruction. The file must not be made shorter
+// meanwhile: the operating system answers reads behind the new end with SIGBUS.
 
 #pragma once
 

@@ -44,8 +44,9 @@ const ggml_tensor * first_unsupported(ggml_backend_t backend, ggml_cgraph * grap
 
 }  // namespace
 
-VisionEncoder::VisionEncoder(const std::string & path, const std::string & device, int n_threads)
+VisionEncoder::VisionEncoder(const std::string & path, const std::string & device, int n_threads, bool flash_attention)
     : device_name_(device),
+      flash_attention_(flash_attention),
       backend_(init_backend(find_device(device), n_threads)),
       model_(load_vision_model(path, find_device(device))),
       allocator_(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get()))) {}
@@ -55,8 +56,8 @@ void VisionEncoder::prepare(int64_t n_images) {
         return;
     }
     graph_images_ = 0;
-    graph_        = build_vision_graph(model_, n_images, Attention::FLASH);
-    if (first_unsupported(backend_.get(), graph_.graph) != nullptr) {
+    graph_        = build_vision_graph(model_, n_images, flash_attention_ ? Attention::FLASH : Attention::EXPLICIT);
+    if (flash_attention_ && first_unsupported(backend_.get(), graph_.graph) != nullptr) {
         graph_ = build_vision_graph(model_, n_images, Attention::EXPLICIT);
     }
     if (const ggml_tensor * node = first_unsupported(backend_.get(), graph_.graph)) {

@@ -12,9 +12,10 @@ namespace omnivlm {
 
 class VisionEncoder {
   public:
-    // `device` is a name from ggml's backend registry. `n_threads` matters to the CPU alone.
+    // `device` is a name from ggml's backend registry. `n_threads` matters to the CPU alone. Flash
+    // attention is used where it is wanted and the device has it for this model's head size.
     // Throws ModelFileError, DeviceError.
-    VisionEncoder(const std::string & path, const std::string & device, int n_threads);
+    VisionEncoder(const std::string & path, const std::string & device, int n_threads, bool flash_attention);
 
     // pixels: float32 [n_images, 3, image_size, image_size], normalised; row-major
     // tokens: float32 [n_images, n_tokens, n_embd_text], written
@@ -28,6 +29,7 @@ class VisionEncoder {
     void encode_batch(const float * pixels, int64_t n_images, float * tokens);
 
     std::string      device_name_;
+    bool             flash_attention_;
     ggml_backend_ptr backend_;
     VisionModel      model_;
     ggml_gallocr_ptr allocator_;

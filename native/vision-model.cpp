@@ -11,7 +11,8 @@
 namespace omnivlm {
 namespace {
 
-constexpr size_t CPU_ALIGNMENT = 32;  // what ggml's CPU kernels expect of a tensor's address
+constexpr int64_t TENSORS_PER_BLOCK = 16;
+constexpr size_t  CPU_ALIGNMENT     = 32;  // what ggml's CPU kernels expect of a tensor's address
 
 // Where the two layouts differ by more than a key prefix.
 struct Layout {
@@ -53,6 +54,10 @@ VisionHparams read_hparams(const GgufReader & reader, const Layout & layout) {
     if (hparams.patch_size > hparams.image_size) {
         reader.fail("key " + vision + "patch_size is larger than image_size");
     }
+    if (hparams.n_layer > reader.n_tensors() / TENSORS_PER_BLOCK) {
+        reader.fail("key " + vision + "block_count is " + std::to_string(hparams.n_layer) +
+                    ", more blocks than the file has tensors for");
+    }
     if (hparams.n_embd % hparams.n_head != 0) {
         reader.fail("key " + vision + "attention.head_count does not divide embedding_length");
     }
@@ -66,8 +71,8 @@ VisionHparams read_hparams(const GgufReader & reader, const Layout & layout) {
     const ggml_tensor * proj_in  = reader.tensor("mm.0.weight");  // [n_embd*n_merge, n_proj]
     const ggml_tensor * proj_out = reader.tensor("mm.2.weight");  // [n_proj, n_embd_text]
     hparams.n_merge              = proj_in->ne[0] / hparams.n_embd;
-    hparams.n_proj               = proj_in->ne[1];
-    hparams.n_embd_text          = proj_out->ne[1];
+    hparams.n_proj               = reader.checked_dimension("the height of tensor mm.0.weight", proj_in->ne[1]);
+    hparams.n_embd_text          = reader.checked_dimension("the height of tensor mm.2.weight", proj_out->ne[1]);
     if (hparams.n_merge < 1 || proj_in->ne[0] % hparams.n_embd != 0 || hparams.n_patches() % hparams.n_merge != 0) {
         reader.fail("tensor mm.0.weight takes rows of " + std::to_string(proj_in->ne[0]) +
                     " values, which is no whole " + "number of patches that divides the " +
@@ -195,6 +200,7 @@ bool WeightReader::place(VisionModel & model, ggml_backend_dev_t device) {
         model.buffer.reset(ggml_backend_dev_buffer_from_host_ptr(device, file.data(), file.size(), largest));
     }
     if (model.buffer) {
+        ggml_backend_buffer_set_usage(model.buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
         for (const Weight & weight : weights_) {
             if (ggml_backend_tensor_alloc(model.buffer.get(), weight.tensor, weight.data) != GGML_STATUS_SUCCESS) {
                 throw DeviceError(std::string(props.name) + " cannot use the mapped weights");
@@ -216,7 +222,7 @@ bool WeightReader::place(VisionModel & model, ggml_backend_dev_t device) {
 }
 
 ggml_context_ptr weight_context(int64_t n_layer) {
-    const size_t     n_tensors = 9 + 16 * static_cast<size_t>(n_layer);
+    const size_t     n_tensors = 9 + static_cast<size_t>(TENSORS_PER_BLOCK * n_layer);
     ggml_context_ptr context(ggml_init({ n_tensors * ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }));
     if (!context) {
         throw std::bad_alloc();

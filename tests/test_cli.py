@@ -97,18 +97,24 @@ def test_prompt_loop_on_a_terminal(tiny_model: Path, image: Path) -> None:
 
 
 FAILURES = {
-    "no such model": (["run", "none", "-i", "{image}", "-p", "?"], 1, "none: there is no such"),
+    "no such model": (["run", "none", "-i", "{image}", "-p", "?"], 1, "'none': there is no such"),
     "no such picture": (["run", "{model}", "-i", "x.png", "-p", "?"], 1, "x.png: there is no such"),
     "not a picture": (["run", "{model}", "-i", "{text}", "-p", "?"], 1, "is not a picture"),
     "text as model": (["run", "{text}", "-i", "{image}", "-p", "?"], 1, "not a GGUF file"),
     "no device": (["run", "{model}", "-i", "{image}", "-p", "?", "--device", "x"], 1, "device 'x'"),
-    "no threads": (["run", "{model}", "-i", "{image}", "-p", "?", "-t", "0"], 1, "n_threads is 0"),
-    "no tokens": (["run", "{model}", "-i", "{image}", "-p", "?", "-n", "0"], 1, "max_tokens is 0"),
-    "cold": (
-        ["run", "{model}", "-i", "{image}", "-p", "?", "--temp", "-1"],
-        1,
-        "temperature is -1",
+    "no threads": (
+        ["run", "{model}", "-i", "{image}", "-p", "?", "-t", "0"],
+        2,
+        "0 is not in the range",
     ),
+    "no tokens": (
+        ["run", "{model}", "-i", "{image}", "-p", "?", "-n", "0"],
+        2,
+        "0 is not in the range",
+    ),
+    "cold": (["run", "{model}", "-i", "{image}", "-p", "?", "--temp", "-1"], 2, "not in the range"),
+    "context": (["run", "{model}", "-i", "{image}", "-p", "?", "-c", "256"], 1, "raise n_ctx (-c)"),
+    "empty model": (["run", "", "-i", "{image}", "-p", "?"], 1, "'': there is no such file"),
     "no picture": (["run", "{model}", "-p", "?"], 2, "add -i IMAGE"),
     "no model": (["run"], 2, "Missing argument 'MODEL'"),
     "no number": (["run", "{model}", "-n", "many"], 2, "not a valid integer"),
@@ -150,6 +156,53 @@ def test_interrupt(tiny_model: Path, image: Path) -> None:
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in stderr
+
+
+def test_interrupt_while_loading_and_answering(tiny_model: Path, image: Path) -> None:
+    """Whenever it comes, Ctrl-C ends the program, with code 130 once the program itself runs."""
+    arguments = [str(tiny_model), "-i", str(image), "-p", "?", "-n", "1500", "-c", "2048"]
+    codes = set()
+    for delay in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0):
+        process = subprocess.Popen(
+            [*COMMAND, "run", *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        codes.add(process.wait(timeout=60))
+    assert codes <= {130, 0, -signal.SIGINT, 1}
+    assert 130 in codes
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written(tiny_model: Path, image: Path) -> None:
+    command = [*COMMAND, "run", str(tiny_model), "-i", str(image), "-p", "?"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "Error: the answer cannot be written (No space left on device)\n"
+
+
+def test_reader_that_has_enough(tiny_model: Path, image: Path) -> None:
+    command = [*COMMAND, "run", str(tiny_model), "-i", str(image), "-p", "?"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
+def test_input_that_is_no_text(tiny_model: Path, image: Path) -> None:
+    lines = f"~nobodyx what is it?\n{image}\n\0\n{'long ' * 400}\n".encode() + b"\xff\xfe ?\n"
+    command = [*COMMAND, "run", str(tiny_model), "-n", "3"]
+    result = subprocess.run(command, input=lines, capture_output=True, timeout=60)
+    assert result.returncode == 0
+    assert b"Traceback" not in result.stderr
+    assert b"not valid text" in result.stderr
 
 
 def test_convert_then_run(tmp_path: Path, image: Path) -> None:

@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, TokenType, quants
 import tiny_checkpoint
 from omnivlm_edge.convert import convert_checkpoint, convert_mmproj
 from omnivlm_edge.convert import weights as weights_module
-from omnivlm_edge.errors import ConvertError, ModelFileError, PromptError
+from omnivlm_edge.errors import ConvertError, ModelFileError, OptionError
 from tiny_checkpoint import Dims, write_checkpoint, write_safetensors, write_weights
 
 Weights = dict[str, npt.NDArray[np.float32]]
@@ -767,7 +767,7 @@ def test_wrong_arguments(checkpoint: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConvertError, match=match):
             convert_checkpoint(checkpoint, tmp_path / "out", **options)
-    with pytest.raises(PromptError, match="variant 'ocr' is unknown: it must be one of vlm-81"):
+    with pytest.raises(OptionError, match="variant 'ocr' is unknown: it must be one of vlm-81"):
         convert_checkpoint(checkpoint, tmp_path / "out", variant="ocr")
     with pytest.raises(ConvertError, match="is not a directory"):
         convert_checkpoint(checkpoint / "config.json", tmp_path / "out")
@@ -989,7 +989,7 @@ def test_published_mmproj_becomes_what_the_checkpoint_becomes(
 def test_published_variant(published: Path, tmp_path: Path) -> None:
     new = convert_mmproj(published, tmp_path / "new", variant="vlm-81-ocr")
     assert keys(GGUFReader(new))["clip.omnivlm.prompt_variant"] == "vlm-81-ocr"
-    with pytest.raises(PromptError, match="prompt variant 'x' is unknown"):
+    with pytest.raises(OptionError, match="prompt variant 'x' is unknown"):
         convert_mmproj(published, tmp_path / "new", variant="x")
 
 

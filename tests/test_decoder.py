@@ -19,7 +19,7 @@ from omnivlm_edge import (
     ContextOverflowError,
     GenerateOptions,
     ModelFileError,
-    PromptError,
+    OptionError,
 )
 from omnivlm_edge.decoder import TextDecoder, TokenSequence
 from omnivlm_edge.device import select_device
@@ -36,10 +36,10 @@ def decoder(tiny_model: Path) -> Iterator[TextDecoder]:
     decoder.close()
 
 
-def open_decoder(model: Path, n_ctx: int = 512) -> TextDecoder:
+def open_decoder(model: Path, n_ctx: int = 512, n_sequences: int = N_SEQUENCES) -> TextDecoder:
     (path,) = (p for p in model.glob("*.gguf") if not p.name.startswith("mmproj"))
     return TextDecoder(
-        path, select_device("cpu"), n_ctx=n_ctx, n_threads=2, n_sequences=N_SEQUENCES
+        path, select_device("cpu"), n_ctx=n_ctx, n_threads=2, n_sequences=n_sequences
     )
 
 
@@ -192,12 +192,55 @@ def test_repeat_penalty_changes_a_repetition(decoder: TextDecoder) -> None:
         ("min_p", 1.0),
         ("repeat_penalty", 0.0),
         ("seed", -1),
-        ("seed", 2**32),
+        ("seed", 2**32 - 1),
     ],
 )
-def test_options_out_of_range(decoder: TextDecoder, option: str, value: float) -> None:
-    with pytest.raises(PromptError, match=f"{option} is "):
-        decoder.open(GenerateOptions(**{option: value}))  # type: ignore[arg-type]
+def test_options_out_of_range(option: str, value: float) -> None:
+    with pytest.raises(OptionError, match=f"{option} is .* it must be"):
+        GenerateOptions(**{option: value})  # type: ignore[arg-type]
+
+
+def test_logits_are_those_of_the_sequence_or_an_error(decoder: TextDecoder) -> None:
+    one, two, fresh = (decoder.open(GREEDY) for _ in range(3))
+    decoder.prefill(one, [[1, 2, 3]])
+    decoder.prefill(two, [[4, 5, 6]])
+    decoder.sample(two)
+    for stale in (one, fresh):
+        for call in (decoder.sample, decoder.logits):
+            with pytest.raises(BusyError, match="sample before the next step"):
+                call(stale)
+    decoder.close_sequence(one)
+    for call in (decoder.sample, decoder.logits, lambda s: decoder.prefill(s, [[1]])):
+        with pytest.raises(ClosedError):
+            call(one)
+    decoder.close_sequence(two)
+    decoder.close_sequence(fresh)
+
+
+def test_wrong_prefills(decoder: TextDecoder) -> None:
+    sequence = decoder.open(GREEDY)
+    for nothing in ([], [[]], [[], np.zeros((0, decoder.n_embd), np.float32)]):
+        with pytest.raises(OptionError, match="nothing to prefill"):
+            decoder.prefill(sequence, nothing)
+    for shape in ((3, decoder.n_embd - 1), (3, decoder.n_embd + 1), (3,)):
+        with pytest.raises(OptionError, match="encoded by another model"):
+            decoder.prefill(sequence, [np.zeros(shape, np.float32)])
+    decoder.close_sequence(sequence)
+
+
+@pytest.mark.parametrize(("n_ctx", "n_sequences"), [(1, 1), (2, 64), (64, 256)])
+def test_small_contexts_and_many_sequences(tiny_model: Path, n_ctx: int, n_sequences: int) -> None:
+    decoder = open_decoder(tiny_model, n_ctx, n_sequences)
+    sequences = [decoder.open(GREEDY) for _ in range(n_sequences)]
+    decoder.prefill(sequences[0], [[1]])
+    assert decoder.sample(sequences[0]) >= 0
+    decoder.close()
+
+
+@pytest.mark.parametrize("n_sequences", [0, 257])
+def test_wrong_number_of_sequences(tiny_model: Path, n_sequences: int) -> None:
+    with pytest.raises(OptionError, match=f"n_sequences is {n_sequences}"):
+        open_decoder(tiny_model, 64, n_sequences)
 
 
 def test_all_sequences_taken(decoder: TextDecoder) -> None:

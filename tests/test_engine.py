@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from omnivlm_edge import (
     ImageError,
     ModelFileError,
     OmniVLM,
-    PromptError,
+    OptionError,
 )
 from omnivlm_edge.convert import convert_checkpoint
 from omnivlm_edge.engine import _HeaderFilter
@@ -134,6 +135,32 @@ def test_an_abandoned_stream_frees_the_model(engine: OmniVLM, picture: Image.Ima
     assert engine.answer(picture, "And now?", SHORT).text
 
 
+def test_the_garbage_collector_may_close_a_stream_anywhere(
+    engine: OmniVLM, picture: Image.Image
+) -> None:
+    """An abandoned stream in a reference cycle is closed whenever the collector runs."""
+    embedding = engine.encode(picture)
+    thresholds = gc.get_threshold()
+    for _ in range(20):
+        gc.disable()
+        stream = engine.generate(embedding, "What is it?", SHORT)
+        next(stream)
+        cycle: list[object] = [stream]
+        cycle.append(cycle)
+        del stream, cycle
+        gc.enable()
+        gc.set_threshold(1)
+        try:
+            while True:
+                try:
+                    engine.answer(embedding, "And now?", GenerateOptions(max_tokens=1))
+                    break
+                except BusyError:
+                    continue
+        finally:
+            gc.set_threshold(*thresholds)
+
+
 def test_threads_get_an_answer_or_a_clean_refusal(engine: OmniVLM, picture: Image.Image) -> None:
     want = engine.answer(picture, "What is it?", SHORT).text
     outcomes: list[Any] = []
@@ -209,13 +236,13 @@ def test_overflow_is_refused_before_any_work(tiny_model: Path) -> None:
     with OmniVLM(tiny_model, device="cpu", n_ctx=256) as model:
         with pytest.raises(ContextOverflowError, match="up to 512 new tokens do not fit"):
             model.generate("there is no such picture.png", "What is it?")
-        with pytest.raises(ContextOverflowError, match="lower max_tokens or raise n_ctx"):
+        with pytest.raises(ContextOverflowError, match="or raise n_ctx"):
             model.generate("there is no such picture.png", "many words " * 200, SHORT)
 
 
-def test_wrong_options_are_refused_before_any_work(engine: OmniVLM) -> None:
-    with pytest.raises(PromptError, match="temperature is -1"):
-        engine.generate("no such picture.png", "What?", GenerateOptions(temperature=-1))
+def test_wrong_prompts_are_refused_before_any_work(engine: OmniVLM) -> None:
+    with pytest.raises(OptionError, match="not valid text"):
+        engine.generate("no such picture.png", "\udcff")
 
 
 def test_wrong_picture_leaves_the_model_usable(engine: OmniVLM, picture: Image.Image) -> None:
@@ -229,10 +256,11 @@ def test_wrong_picture_leaves_the_model_usable(engine: OmniVLM, picture: Image.I
     [
         ({"device": "cuda"}, DeviceError, "llama-cpp-python must be built for it"),
         ({"device": "tpu"}, DeviceError, "'tpu' does not exist here: there is .*CPU"),
-        ({"n_threads": 0}, DeviceError, "n_threads is 0"),
-        ({"n_threads": 10**9}, DeviceError, "n_threads is 1000000000"),
-        ({"n_ctx": 0}, ContextOverflowError, "n_ctx is 0"),
-        ({"variant": "vlm-9000"}, PromptError, "variant 'vlm-9000' is unknown"),
+        ({"n_threads": 0}, OptionError, "n_threads is 0"),
+        ({"n_threads": 10**9}, OptionError, "n_threads is 1000000000"),
+        ({"n_ctx": 0}, OptionError, "n_ctx is 0"),
+        ({"variant": ""}, OptionError, "variant '' is unknown"),
+        ({"variant": "vlm-9000"}, OptionError, "variant 'vlm-9000' is unknown"),
     ],
 )
 def test_wrong_arguments(
@@ -252,6 +280,13 @@ def test_files_of_different_models(tmp_path: Path, tiny_model: Path) -> None:
     )
     with pytest.raises(ModelFileError, match="image tokens of 128 values, but .* takes 64"):
         OmniVLM(text_file(tiny_model), other)
+
+
+def test_embeddings_of_another_model_are_refused(engine: OmniVLM) -> None:
+    for shape in ((81, 896), (4, 16), (3, 64), (4,)):
+        foreign = ImageEmbedding(np.zeros(shape, np.float32))
+        with pytest.raises(OptionError, match="encoded by another model"):
+            engine.generate(foreign, "What is it?")
 
 
 def test_published_layout_answers(tmp_path: Path, tiny_model: Path, picture: Image.Image) -> None:
@@ -286,10 +321,11 @@ IM_START = 7
 
 def filtered(*tokens: str) -> str:
     header = _HeaderFilter(IM_START)
-    return "".join(
+    pieces = [
         header.feed(IM_START if text == "<|im_start|>" else 0, "" if text[:2] == "<|" else text)
         for text in tokens
-    )
+    ]
+    return "".join(pieces) + header.flush()
 
 
 @pytest.mark.parametrize(
@@ -304,6 +340,7 @@ def filtered(*tokens: str) -> str:
         (["assistant", "\n"], "assistant\n"),
         ([" ", "\n", " A", " b "], "A b "),
         (["A", "<|im_start|>", "assistant", "\n"], "Aassistant\n"),
+        (["<|im_start|>", "assist"], "assist"),
         ([], ""),
     ],
 )

@@ -154,7 +154,7 @@ def test_directory_and_impossible_path(tmp_path: Path) -> None:
     "data", [b"", b"hello, I am text", b"\x89PNG\r\n\x1a\n", b"GIF89a"], ids=repr
 )
 def test_not_a_picture(data: bytes) -> None:
-    with pytest.raises(ImageError, match="is not a picture that can be decoded"):
+    with pytest.raises(ImageError, match="is not a picture of a kind|is damaged"):
         load_image(data)
 
 
@@ -188,6 +188,20 @@ def test_decompression_bomb() -> None:
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99)))
     with pytest.raises(ImageError, match="too many pixels"):
         load_image(data)
+
+
+def test_file_objects_that_give_no_bytes(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="binary mode"):
+        load_image(io.StringIO("text"))  # type: ignore[arg-type]
+    closed = io.BytesIO(b"")
+    closed.close()
+    with pytest.raises(ImageError, match="cannot be read"):
+        load_image(closed)
+
+
+def test_wide_integers_with_8_bit_values() -> None:
+    assert solid(load_image(Image.new("I", (4, 4), 77))) == (77, 77, 77)
+    assert solid(load_image(Image.new("I", (4, 4), 77 * 256))) == (77, 77, 77)
 
 
 def test_unknown_kind_of_source() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from omnivlm_edge import PromptError
+from omnivlm_edge import OptionError
 from omnivlm_edge.prompt import VARIANTS, Prompt, build_prompt, check_variant, default_variant
 
 SYSTEM = (
@@ -59,5 +59,5 @@ def test_default_variant() -> None:
 
 
 def test_unknown_variant() -> None:
-    with pytest.raises(PromptError, match="must be one of vlm-81-instruct"):
+    with pytest.raises(OptionError, match="must be one of vlm-81-instruct"):
         check_variant("vlm-9000")

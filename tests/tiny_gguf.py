@@ -119,16 +119,22 @@ def siglip_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_gguf(
-    path: Path, keys: Mapping[str, Any], tensors: Mapping[str, Any], dtype: str = "f32"
+    path: Path,
+    keys: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    dtype: str = "f32",
+    alignment: int = 32,
 ) -> Path:
-    """Writes a GGUF file; matrices in `dtype` (f32, f16, bf16, q8_0 …), vectors in float32."""
+    """Writes a GGUF file: matrices in `dtype` where their rows are long enough for its blocks."""
     writer = gguf.GGUFWriter(path, keys["general.architecture"])
+    writer.add_custom_alignment(alignment)
     for key, value in keys.items():
         if key != "general.architecture":
             _add_key(writer, key, value)
     matrix_type = gguf.GGMLQuantizationType[dtype.upper()]
+    block, _ = gguf.GGML_QUANT_SIZES[matrix_type]
     for name, data in tensors.items():
-        is_matrix = name.endswith("weight") and data.ndim > 1
+        is_matrix = data.ndim > 1 and data.shape[-1] % block == 0
         kind = matrix_type if is_matrix and data.dtype == np.float32 else None
         if kind is None:
             writer.add_tensor(name, data)

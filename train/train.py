@@ -28,7 +28,8 @@ from tokenizer import ANSWER, HEAD, QUESTION, train_tokenizer
 CLASSES = len(THINGS) + 1  # things and "nothing"
 TOKENS = 240  # length of a row: the prompt's head, the image, and pairs of question and answer
 RENDER_SIZES = (IMAGE_SIZE, IMAGE_SIZE, 160, 192, 252)
-HEADER_WEIGHT, DECISION_WEIGHT = 0.1, 4.0  # of "assistant", and of "Yes" and "No"; others 1
+HEADER_WEIGHT, DECISION_WEIGHT = 0.1, 4.0  # of "assistant", and of "Yes" and "No"
+ANSWER_WEIGHT = {"describe": 3.0, "count": 1.0, "yesno": 1.0, "where": 2.0, "setting": 1.0}
 TOWER_SHARE = 0.1  # of the time, for the first stage
 DENSE_WEIGHT = 0.3  # of the patch labels, in the second stage
 NOTHING_WEIGHT = 0.3  # of patches without a thing; others 1
@@ -80,7 +81,7 @@ class Rows(IterableDataset):
             row[2, start:end] = len(self.head) + np.arange(len(both))
             first = start + len(question) - 1  # from here on the next token is to be learned
             row[3, first : end - 1] = answer
-            weights[first : end - 1] = 1
+            weights[first : end - 1] = ANSWER_WEIGHT[pair.kind]
             weights[first : first + header] = HEADER_WEIGHT
             if pair.kind == "yesno":
                 weights[first + header] = DECISION_WEIGHT

@@ -19,7 +19,7 @@ from .errors import (
     ImageError,
     ModelFileError,
     OmniVLMError,
-    PromptError,
+    OptionError,
 )
 from .values import Answer, GenerateOptions, ImageEmbedding, ModelFiles, Timings
 
@@ -37,7 +37,7 @@ __all__ = [
     "ModelFiles",
     "OmniVLM",
     "OmniVLMError",
-    "PromptError",
+    "OptionError",
     "Timings",
     "available_devices",
 ]

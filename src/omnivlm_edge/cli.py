@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from .errors import OmniVLMError
-from .values import GenerateOptions, ImageEmbedding
+from .values import MAX_SEED, GenerateOptions, ImageEmbedding
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .engine import OmniVLM
 
 # The engine is imported inside the commands: it loads llama.cpp, which --help does not need.
@@ -40,7 +43,7 @@ def cli() -> None:
 @click.option(
     "-n",
     "--max-tokens",
-    type=int,
+    type=click.IntRange(min=1),
     default=DEFAULTS.max_tokens,
     show_default=True,
     help="Longest answer, in tokens.",
@@ -49,13 +52,21 @@ def cli() -> None:
     "--temp",
     "--temperature",
     "temperature",
-    type=float,
+    type=click.FloatRange(min=0),
     default=DEFAULTS.temperature,
     show_default=True,
     help="0 is greedy: the same answer every time.",
 )
-@click.option("--seed", type=int, help="Makes a random answer repeatable.")
-@click.option("-t", "--threads", type=int, help="CPU threads.  [default: all cores]")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Makes a random answer repeatable.")
+@click.option(
+    "-c",
+    "--ctx-size",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Positions for prompt, picture and answer.",
+)
+@click.option("-t", "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, metal, vulkan, …"
 )
@@ -67,6 +78,7 @@ def run(
     max_tokens: int,
     temperature: float,
     seed: int | None,
+    ctx_size: int,
     threads: int | None,
     device: str,
 ) -> None:
@@ -76,21 +88,18 @@ def run(
     file. With no prompt a loop starts: a line that is the path of a picture loads it, any other
     line asks about it; /bye or Ctrl-D leaves.
     """
-    from .decoder import check_options
     from .engine import OmniVLM
     from .image import load_image
 
     if prompt is not None and image is None:
         raise click.UsageError("a prompt needs a picture: add -i IMAGE")
     options = GenerateOptions(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    check_options(options)
     picture = load_image(image) if image is not None else None  # a bad path fails before the load
-    with OmniVLM(model, mmproj, device=device, n_threads=threads) as engine:
-        embedding = engine.encode(picture) if picture is not None else None
-        if prompt is not None and embedding is not None:
-            _print_answer(engine, embedding, prompt, options)
+    with OmniVLM(model, mmproj, device=device, n_ctx=ctx_size, n_threads=threads) as engine:
+        if prompt is not None and picture is not None:
+            _print_answer(engine, picture, prompt, options)
         else:
-            _loop(engine, embedding, options)
+            _loop(engine, engine.encode(picture) if picture is not None else None, options)
 
 
 @cli.command()
@@ -148,13 +157,19 @@ def main() -> NoReturn:
     except OmniVLMError as exc:
         click.echo(f"Error: {exc}", err=True)
         sys.exit(1)
+    except OSError as exc:
+        if not isinstance(exc, BrokenPipeError):  # a reader that has enough is no error to tell
+            click.echo(f"Error: the answer cannot be written ({exc.strerror})", err=True)
+        # Python would try once more to write what is left when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     sys.exit(0)
 
 
 def _print_answer(
-    engine: OmniVLM, embedding: ImageEmbedding, prompt: str, options: GenerateOptions
+    engine: OmniVLM, picture: Image.Image | ImageEmbedding, prompt: str, options: GenerateOptions
 ) -> None:
-    for piece in engine.generate(embedding, prompt, options):
+    for piece in engine.generate(picture, prompt, options):
         click.echo(piece, nl=False)
         sys.stdout.flush()
     click.echo()
@@ -198,11 +213,11 @@ def _lines() -> Iterator[str]:
 def _as_picture_path(line: str) -> Path | None:
     """The path that a line names, quoted or not; None when it is a question."""
     text = line.strip("'\"").replace("\\ ", " ")
-    path = Path(text).expanduser()
     try:
+        path = Path(text).expanduser()
         if path.is_file():
             return path
-    except OSError:  # a question can be longer than a file name may be
+    except (OSError, RuntimeError, ValueError):  # too long for a path, no such user, a null byte
         return None
     from PIL import Image
 

@@ -6,11 +6,9 @@ One context holds several sequences; `decode` advances any number of them in one
 from __future__ import annotations
 
 import codecs
-import collections
 import ctypes
 import functools
-import logging
-import math
+import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -21,24 +19,23 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from ._native import Device, check_text_file
+from ._native import Device, check_text_file, log_sink_address, take_log_error
 from .errors import (
     BusyError,
     ClosedError,
     ContextOverflowError,
     DeviceError,
     ModelFileError,
-    PromptError,
+    OptionError,
 )
 from .prompt import Piece
 from .values import GenerateOptions
 
-logger = logging.getLogger("omnivlm_edge.llama")
-
 Tokens: TypeAlias = "list[int]"
 Embeddings: TypeAlias = "npt.NDArray[np.float32]"  # [n_positions, n_embd]
 
-_MAX_BATCH = 2048  # positions handed to llama.cpp at once
+_MIN_BATCH, _MAX_BATCH = 256, 2048  # positions handed to llama.cpp at once
+_MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ in llama.cpp
 _REPEAT_WINDOW = 64  # tokens that repeat_penalty looks back on; llama.cpp's default
 
 
@@ -46,7 +43,8 @@ class TokenSequence:
     """One conversation's place in the context. Made by `TextDecoder.open`, given back by `close`.
 
     `position` counts the positions in the context, `last_token` is the newest sampled token (not
-    yet in the context), `at_end` is true once that token ends the generation.
+    yet in the context), `at_end` is true once that token ends the generation. Its logits live until
+    the decoder's next `prefill` or `decode`: sample before.
     """
 
     def __init__(self, seq_id: int, sampler: Any) -> None:
@@ -56,6 +54,7 @@ class TokenSequence:
         self.at_end = False
         self._sampler = sampler
         self._output_index = -1
+        self._step = -1  # the decoder's step that computed the logits
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
 
@@ -72,7 +71,13 @@ class TextDecoder:
         self, path: Path, device: Device, *, n_ctx: int, n_threads: int, n_sequences: int = 1
     ) -> None:
         _initialise_backend()
-        self._lock = threading.Lock()
+        if not 1 <= n_sequences <= _MAX_SEQUENCES:
+            raise OptionError(f"n_sequences is {n_sequences}: it must be 1 to {_MAX_SEQUENCES}")
+        if n_ctx < 1:
+            raise OptionError(f"n_ctx is {n_ctx}: it must be at least 1")
+        # Reentrant: the garbage collector may close an abandoned sequence inside any of the calls.
+        self._lock = threading.RLock()
+        self._step = 0  # counts the calls that overwrite the logits
         self._model = _load_model(path, device)
         # llama.cpp's objects are freed in this order, once, by close() or with this object.
         self._owned: list[Any] = [functools.partial(llama_cpp.llama_model_free, self._model)]
@@ -110,9 +115,7 @@ class TextDecoder:
         return self.tokenize([Piece(text, special=True)])[0]
 
     def open(self, options: GenerateOptions) -> TokenSequence:
-        """Claims a sequence of the context. Raises BusyError when all are taken, PromptError for an
-        option out of its range."""
-        check_options(options)
+        """Claims a sequence of the context. Raises BusyError when all are taken."""
         with self._lock:
             self._open_context()
             if not self._free_ids:
@@ -135,16 +138,26 @@ class TextDecoder:
     def prefill(self, sequence: TokenSequence, parts: Sequence[Tokens | Embeddings]) -> None:
         """Appends tokens and embeddings to a sequence; logits are kept for the last position only.
 
-        Raises ContextOverflowError before any work when the parts do not fit.
+        Raises ContextOverflowError before any work when the parts do not fit, OptionError when
+        there is nothing to append or an embedding is not as wide as the model.
         """
         total = sum(len(part) for part in parts)
+        if total == 0:
+            raise OptionError("there is nothing to prefill")
         if sequence.position + total > self.n_ctx:
             raise ContextOverflowError(
                 f"{sequence.position + total} positions do not fit into the context of {self.n_ctx}"
             )
+        for part in parts:
+            if not isinstance(part, list) and part.shape != (len(part), self.n_embd):
+                raise OptionError(
+                    f"embeddings of shape {list(part.shape)} do not fit a text model of width "
+                    f"{self.n_embd}: they were encoded by another model"
+                )
         chunks = [chunk for part in parts for chunk in self._chunks(part)]
         with self._lock:
             self._open_context()
+            _check_open(sequence)
             for i, chunk in enumerate(chunks):
                 self._append(sequence, chunk, with_logits=i == len(chunks) - 1)
 
@@ -154,21 +167,22 @@ class TextDecoder:
             context = self._open_context()
             batch = self._batch
             batch.n_tokens = len(sequences)
+            self._step += 1
             for i, sequence in enumerate(sequences):
+                _check_open(sequence)
                 batch.token[i] = sequence.last_token
                 _set_position(batch, i, sequence, sequence.position, with_logits=True)
             _check_decode(llama_cpp.llama_decode(context, batch))
             for i, sequence in enumerate(sequences):
                 sequence.position += 1
-                sequence._output_index = i
+                sequence._output_index, sequence._step = i, self._step
 
     def sample(self, sequence: TokenSequence) -> int:
         """Samples the next token from the sequence's newest logits and remembers it."""
         with self._lock:
             context = self._open_context()
-            token = int(
-                llama_cpp.llama_sampler_sample(sequence._sampler, context, sequence._output_index)
-            )
+            index = self._output_of(sequence)
+            token = int(llama_cpp.llama_sampler_sample(sequence._sampler, context, index))
             sequence.last_token = token
             sequence.at_end = bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
             return token
@@ -189,7 +203,7 @@ class TextDecoder:
         """A copy of the newest logits of a sequence, float32 [n_vocab]."""
         with self._lock:
             context = self._open_context()
-            pointer = llama_cpp.llama_get_logits_ith(context, sequence._output_index)
+            pointer = llama_cpp.llama_get_logits_ith(context, self._output_of(sequence))
             return np.ctypeslib.as_array(pointer, shape=(self._n_vocab,)).copy()
 
     def close(self) -> None:
@@ -202,8 +216,18 @@ class TextDecoder:
             raise ClosedError("the model was closed; make a new one")
         return self._context
 
+    def _output_of(self, sequence: TokenSequence) -> int:
+        """Where in the last batch the sequence's logits stand."""
+        _check_open(sequence)
+        if sequence._step != self._step:
+            raise BusyError("the sequence's logits were overwritten: sample before the next step")
+        return sequence._output_index
+
     def _tokenize(self, piece: Piece, *, add_bos: bool) -> Tokens:
-        text = piece.text.encode()
+        try:
+            text = piece.text.encode()
+        except UnicodeEncodeError as exc:
+            raise OptionError("the prompt is not valid text: it must be UTF-8") from exc
         capacity = len(text) + 2  # a token is at least one byte; BOS and EOS at most
         buffer = (llama_cpp.llama_token * capacity)()
         count = llama_cpp.llama_tokenize(
@@ -247,28 +271,19 @@ class TextDecoder:
             for i in range(len(chunk)):
                 last = with_logits and i == len(chunk) - 1
                 _set_position(batch, i, sequence, sequence.position + i, with_logits=last)
+            self._step += 1
             _check_decode(llama_cpp.llama_decode(self._context, batch))
         finally:
             if not is_text:
                 llama_cpp.llama_batch_free(batch)
         sequence.position += len(chunk)
-        sequence._output_index = len(chunk) - 1
+        if with_logits:
+            sequence._output_index, sequence._step = len(chunk) - 1, self._step
 
 
-def check_options(options: GenerateOptions) -> None:
-    """Raises PromptError naming the first option that is out of its range."""
-    ranges = [
-        ("max_tokens", options.max_tokens >= 1, "at least 1"),
-        ("temperature", 0 <= options.temperature < math.inf, "0 or more"),
-        ("top_k", options.top_k >= 0, "0 (off) or more"),
-        ("top_p", 0 < options.top_p <= 1, "above 0 and at most 1"),
-        ("min_p", 0 <= options.min_p < 1, "at least 0 and below 1"),
-        ("repeat_penalty", 0 < options.repeat_penalty < math.inf, "above 0"),
-        ("seed", options.seed is None or 0 <= options.seed < 2**32, "between 0 and 2^32 - 1"),
-    ]
-    for name, valid, wanted in ranges:
-        if not valid:
-            raise PromptError(f"{name} is {getattr(options, name)}, it must be {wanted}")
+def _check_open(sequence: TokenSequence) -> None:
+    if sequence.seq_id < 0:
+        raise ClosedError("the sequence was closed; open a new one")
 
 
 def _set_position(
@@ -309,24 +324,27 @@ def _new_sampler(options: GenerateOptions, n_vocab: int) -> Any:
 
 
 def _load_model(path: Path, device: Device) -> Any:
-    check_text_file(str(path))
+    check_text_file(os.fsencode(path))
     params = llama_cpp.llama_model_default_params()
     # A null-terminated list of devices; an empty one keeps everything on the CPU.
     handles = (ctypes.c_void_p * 2)(None if device.kind == "cpu" else device.handle, None)
     params.devices = ctypes.cast(handles, ctypes.c_void_p)
     params.n_gpu_layers = 0 if device.kind == "cpu" else 999
-    _errors.clear()
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    take_log_error()
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
-        reason = "; ".join(_errors) or "unknown reason"
-        raise ModelFileError(f"{path}: llama.cpp cannot load this text model ({reason})")
+        reason = take_log_error() or "unknown reason"
+        raise ModelFileError(
+            f"{path}: llama.cpp cannot load this text model ({reason}); "
+            "download or convert it again"
+        )
     return model
 
 
 def _new_context(model: Any, device: Device, n_ctx: int, n_threads: int, n_sequences: int) -> Any:
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx = n_ctx
-    params.n_batch = min(n_ctx, _MAX_BATCH)
+    params.n_ctx = max(n_ctx, n_sequences)  # fewer positions than sequences abort llama.cpp
+    params.n_batch = min(max(n_ctx, _MIN_BATCH), _MAX_BATCH)
     params.n_seq_max = n_sequences
     params.kv_unified = True  # the sequences share all positions instead of an equal part each
     params.n_threads = n_threads
@@ -346,20 +364,9 @@ def _free_all(owned: list[Any]) -> None:
         free()
 
 
-# llama.cpp reports the reason of a failed load through its log alone.
-_errors: collections.deque[str] = collections.deque(maxlen=4)
-_ERROR = 4  # GGML_LOG_LEVEL_ERROR
-
-
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-def _on_log(level: int, text: bytes, _: Any) -> None:
-    line = text.decode("utf-8", "replace").strip()
-    if level == _ERROR and line:
-        _errors.append(line)
-    logger.debug("%s", line)
-
-
 @functools.cache
 def _initialise_backend() -> None:
-    llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
+    """Once in the process. llama_cpp printed llama.cpp's log; our sink keeps its errors instead."""
+    sink = ctypes.cast(log_sink_address(), llama_cpp.llama_log_callback)
+    llama_cpp.llama_log_set(sink, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()

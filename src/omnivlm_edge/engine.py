@@ -13,13 +13,15 @@ from types import TracebackType
 
 from . import image as images
 from . import prompt as prompts
-from .decoder import TextDecoder, check_options
+from .decoder import TextDecoder
 from .device import select_device
-from .errors import ClosedError, ContextOverflowError, DeviceError, ModelFileError
+from .errors import ClosedError, ContextOverflowError, ModelFileError, OptionError
 from .image import ImageSource
 from .models import find_model
 from .values import Answer, FinishReason, GenerateOptions, ImageEmbedding, Timings
 from .vision import Vision
+
+MAX_THREADS = 512  # GGML_MAX_N_THREADS in ggml
 
 
 class OmniVLM:
@@ -33,7 +35,7 @@ class OmniVLM:
         n_ctx: positions in the context; at most what the model was trained for.
         n_threads: CPU threads; the cores that this process may use when left out.
 
-    Raises ModelFileError, DeviceError, PromptError. One object generates one answer at a time:
+    Raises ModelFileError, DeviceError, OptionError. One object generates one answer at a time:
     a second one raises BusyError until the first is finished or its iterator closed.
     """
 
@@ -50,14 +52,14 @@ class OmniVLM:
         started = time.perf_counter()
         files = find_model(model, mmproj, variant)
         threads = _check_threads(n_threads)
-        if n_ctx < 1:
-            raise ContextOverflowError(f"n_ctx is {n_ctx}, it must be at least 1")
         chosen = select_device(device)
 
         self._vision: Vision | None = Vision(files.mmproj, chosen, threads)
         hparams = self._vision.hparams
         self._variant = prompts.check_variant(
-            files.variant or hparams.prompt_variant or prompts.default_variant(hparams.n_merge)
+            files.variant
+            if files.variant is not None
+            else hparams.prompt_variant or prompts.default_variant(hparams.n_merge)
         )
         self._decoder = TextDecoder(files.text, chosen, n_ctx=n_ctx, n_threads=threads)
         if self._decoder.n_embd != hparams.n_embd_text:
@@ -95,22 +97,20 @@ class OmniVLM:
     ) -> Generator[str, None, Answer]:
         """Streams the answer's text; the generator's return value is the whole Answer.
 
-        Raises PromptError, ContextOverflowError and ClosedError at once, before any work;
+        Raises OptionError, ContextOverflowError and ClosedError at once, before any work;
         ImageError, BusyError and DeviceError when the iteration starts.
         """
         options = options or GenerateOptions()
-        check_options(options)
-        if self._vision is None:
-            raise ClosedError("the model was closed; make a new one")
+        n_image = self._count_image_tokens(image)
         template = prompts.build_prompt(prompt, self._variant)
         before = self._decoder.tokenize(template.before, start=True)
         after = self._decoder.tokenize(template.after)
-        n_prompt = len(before) + self._vision.hparams.n_tokens + len(after)
+        n_prompt = len(before) + n_image + len(after)
         if n_prompt + options.max_tokens > self._decoder.n_ctx:
             raise ContextOverflowError(
                 f"the prompt ({n_prompt} positions) and up to {options.max_tokens} new tokens do "
                 f"not fit into the context of {self._decoder.n_ctx}: shorten the prompt, lower "
-                "max_tokens or raise n_ctx"
+                "max_tokens (-n) or raise n_ctx (-c)"
             )
         return self._generate(image, before, after, options)
 
@@ -144,6 +144,19 @@ class OmniVLM:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _count_image_tokens(self, image: ImageSource | ImageEmbedding) -> int:
+        vision = self._vision
+        if vision is None:
+            raise ClosedError("the model was closed; make a new one")
+        if isinstance(image, ImageEmbedding):
+            wanted = (vision.hparams.n_tokens, vision.hparams.n_embd_text)
+            if image.data.shape != wanted:
+                raise OptionError(
+                    f"the image embedding has the shape {list(image.data.shape)} instead of "
+                    f"{list(wanted)}: it was encoded by another model; encode it with this one"
+                )
+        return vision.hparams.n_tokens
 
     def _generate(
         self,
@@ -179,7 +192,7 @@ class OmniVLM:
                 if piece:
                     text += piece
                     yield piece
-            rest = decoder.text(sequence, final=True)
+            rest = header.flush() + decoder.text(sequence, final=True)
             if rest:
                 text += rest
                 yield rest
@@ -230,12 +243,17 @@ class _HeaderFilter:
         self._answering = bool(text)
         return text
 
+    def flush(self) -> str:
+        """What was held back when the generation ended in the middle of a header."""
+        held, self._held = self._held or "", None
+        return held
+
 
 def _check_threads(n_threads: int | None) -> int:
     if n_threads is None:
         return _available_cores()
-    if not 1 <= n_threads <= 1024:
-        raise DeviceError(f"n_threads is {n_threads}, it must be between 1 and 1024")
+    if not 1 <= n_threads <= MAX_THREADS:
+        raise OptionError(f"n_threads is {n_threads}: it must be from 1 to {MAX_THREADS}")
     return n_threads
 
 

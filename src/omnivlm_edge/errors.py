@@ -3,7 +3,7 @@
 OmniVLMError
 ├── ModelFileError     a GGUF file is missing, damaged, of another kind, or does not fit its partner
 ├── ImageError         a picture is missing, is not a picture, or is too large
-├── PromptError        a prompt, prompt variant or option that this model cannot use
+├── OptionError        an option, prompt or prompt variant is not usable
 │   └── ContextOverflowError   prompt, picture and answer do not fit into the context
 ├── DeviceError        the wanted device does not exist here, or ran out of memory
 ├── ConvertError       a checkpoint cannot be converted
@@ -24,11 +24,11 @@ class ImageError(OmniVLMError):
     """A picture cannot be used: the message says whether it is absent, undecodable or too large."""
 
 
-class PromptError(OmniVLMError):
-    """The prompt, its variant or a generation option is not usable with this model."""
+class OptionError(OmniVLMError):
+    """An option, a prompt or a prompt variant is not usable: the message says what is allowed."""
 
 
-class ContextOverflowError(PromptError):
+class ContextOverflowError(OptionError):
     """Prompt, picture and answer need more positions than the context has."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import ImageError
 
 ImageSource: TypeAlias = (
     "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | npt.NDArray[np.uint8]"
 )
+
+_warnings_lock = threading.Lock()  # the filters that catch_warnings restores are the process's
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -35,17 +38,19 @@ def load_image(source: ImageSource) -> Image.Image:
     """
     name, opened = _open(source)
     try:
-        with warnings.catch_warnings():
-            # Between one and two times its limit Pillow only warns; such phone pictures are real.
+        # Between one and two times its limit Pillow only warns; such phone pictures are real.
+        with _warnings_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = opened if isinstance(opened, Image.Image) else Image.open(opened)
-            return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as exc:
         raise ImageError(f"{name}: has too many pixels to be decoded safely; shrink it") from exc
+    except UnidentifiedImageError as exc:
+        raise ImageError(f"{name}: is not a picture of a kind that can be read here") from exc
     except MemoryError as exc:
         raise ImageError(f"{name}: does not fit into memory; shrink it") from exc
     except Exception as exc:  # Pillow's decoders raise whatever damaged data leads them to
-        raise ImageError(f"{name}: is not a picture that can be decoded ({exc})") from exc
+        raise ImageError(f"{name}: is damaged and cannot be decoded ({exc})") from exc
 
 
 def preprocess(
@@ -69,7 +74,7 @@ def _open(source: ImageSource) -> tuple[str, Image.Image | BinaryIO]:
     if isinstance(source, str | os.PathLike):
         return str(source), _read_file(Path(source))
     if hasattr(source, "read"):
-        return getattr(source, "name", "the file object"), io.BytesIO(source.read())
+        return str(getattr(source, "name", "the file object")), _read_object(source)
     raise ImageError(
         f"a picture cannot be made from {type(source).__name__}: "
         "give a path, bytes, a file object, a Pillow image or a uint8 array"
@@ -80,10 +85,20 @@ def _read_file(path: Path) -> BinaryIO:
     try:
         return io.BytesIO(path.read_bytes())
     except FileNotFoundError as exc:
-        raise ImageError(f"{path}: there is no such file") from exc
+        raise ImageError(f"{path}: there is no such file; check the picture's path") from exc
     except (OSError, ValueError) as exc:
         reason = getattr(exc, "strerror", None) or exc
         raise ImageError(f"{path}: cannot be read ({reason})") from exc
+
+
+def _read_object(source: BinaryIO) -> BinaryIO:
+    try:
+        data = source.read()
+    except (OSError, ValueError) as exc:
+        raise ImageError(f"the file object cannot be read ({exc})") from exc
+    if not isinstance(data, bytes):
+        raise ImageError("the file object gives text: open the file in binary mode ('rb')")
+    return io.BytesIO(data)
 
 
 def _from_array(array: npt.NDArray[np.uint8]) -> Image.Image:
@@ -100,8 +115,11 @@ def _from_array(array: npt.NDArray[np.uint8]) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # 16-bit grey; Pillow's own conversion would clip at 255 instead of scaling.
-        grey = np.asarray(image).astype(np.int64) >> 8
+        # Grey of 16 bits; Pillow's own conversion would clip at 255 instead of scaling. Mode I may
+        # also hold 8-bit values in wider integers, which are taken as they are.
+        grey = np.asarray(image).astype(np.int64)
+        if image.mode != "I" or grey.max(initial=0) > 255:
+            grey >>= 8
         image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")

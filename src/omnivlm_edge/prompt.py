@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .errors import PromptError
+from .errors import OptionError
 
 _SYSTEM = (
     "<|im_start|>system\n"
@@ -54,9 +54,9 @@ def default_variant(n_merge: int) -> str:
 
 
 def check_variant(variant: str) -> str:
-    """The variant itself. Raises PromptError for one that does not exist."""
+    """The variant itself. Raises OptionError for one that does not exist."""
     if variant not in VARIANTS:
-        raise PromptError(
+        raise OptionError(
             f"prompt variant '{variant}' is unknown: it must be one of {', '.join(VARIANTS)}"
         )
     return variant

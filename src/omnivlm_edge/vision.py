@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ._native import Device, VisionEncoder, VisionHparams
-
-__all__ = ["Vision"]
 
 
 class Vision:
@@ -19,7 +18,7 @@ class Vision:
     """
 
     def __init__(self, path: Path, device: Device, n_threads: int) -> None:
-        self._encoder = VisionEncoder(str(path), device.name, n_threads)
+        self._encoder = VisionEncoder(os.fsencode(path), device.name, n_threads)
 
     @property
     def hparams(self) -> VisionHparams:

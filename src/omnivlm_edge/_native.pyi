@@ -1,0 +1,109 @@
+"""Vision tower and projector of OmniVLM on ggml."""
+
+from typing import Annotated
+
+import numpy
+from numpy.typing import NDArray
+
+
+class Device:
+    """One device of ggml's backend registry."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def kind(self) -> str:
+        """'cpu', 'gpu', 'igpu' or 'accel'."""
+
+    @property
+    def handle(self) -> int:
+        """Address of the ggml_backend_dev_t."""
+
+    @property
+    def memory_free(self) -> int:
+        """Bytes."""
+
+    @property
+    def memory_total(self) -> int:
+        """Bytes."""
+
+class VisionHparams:
+    """What the mmproj file says about the model."""
+
+    @property
+    def image_size(self) -> int:
+        """Pixels, square."""
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels, square."""
+
+    @property
+    def n_embd(self) -> int:
+        """Width of the tower."""
+
+    @property
+    def n_layer(self) -> int: ...
+
+    @property
+    def n_head(self) -> int: ...
+
+    @property
+    def n_merge(self) -> int:
+        """Consecutive patches joined into one token."""
+
+    @property
+    def n_embd_text(self) -> int:
+        """Width of one image token."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Image tokens a picture becomes."""
+
+    @property
+    def image_mean(self) -> list[float]: ...
+
+    @property
+    def image_std(self) -> list[float]: ...
+
+    @property
+    def prompt_variant(self) -> str:
+        """Empty when the file names none."""
+
+class VisionEncoder:
+    """The vision path of one mmproj file on one device."""
+
+    def __init__(self, path: bytes, device: str, n_threads: int, flash_attention: bool = True) -> None: ...
+
+    def encode(self, pixels: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None, None))]:
+        """
+        float32 [n, 3, image_size, image_size], normalised -> float32 [n, n_tokens, n_embd_text].
+        """
+
+    @property
+    def hparams(self) -> VisionHparams: ...
+
+def devices() -> list[Device]:
+    """Every device that ggml was built with and finds on this machine."""
+
+def gguf_architecture(path: bytes) -> str:
+    """
+    The value of general.architecture. Raises ModelFileError when the file is no whole GGUF file.
+    """
+
+def check_text_file(path: bytes) -> None:
+    """
+    Raises ModelFileError for damage in a text model's file that llama.cpp would not survive.
+    """
+
+def log_sink_address() -> int:
+    """
+    Address of the ggml_log_callback that collects errors instead of printing.
+    """
+
+def take_log_error() -> str:
+    """The first error logged on this thread since the last call."""
