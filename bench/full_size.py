@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -36,6 +37,7 @@ STAGES = ("load", "preprocess", "encode", "prefill", "decode")
 @click.option("--device", default="cpu", show_default=True)
 def main(model_dir: Path, repeats: int, threads: int | None, device: str) -> None:
     """Measure the model in MODEL_DIR and append to bench/results/full_size.jsonl."""
+    threads = threads or len(os.sched_getaffinity(0))
     photo = write_photo(model_dir / "astronaut.png")
     text = model_dir / "synthetic-F16.gguf"
     for layout in ("siglip", "clip"):
@@ -54,6 +56,7 @@ def main(model_dir: Path, repeats: int, threads: int | None, device: str) -> Non
             **in_child(measure, text, mmproj, photo, repeats, threads, device),
             "command_line_seconds": command_line(text, mmproj, photo, threads, device),
         }
+        RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a") as file:
             file.write(json.dumps(record) + "\n")
         click.echo(json.dumps(record, indent=1))
@@ -68,7 +71,7 @@ def write_photo(path: Path) -> Path:
 
 
 def measure(
-    text: Path, mmproj: Path, photo: Path, repeats: int, threads: int | None, device: str
+    text: Path, mmproj: Path, photo: Path, repeats: int, threads: int, device: str
 ) -> dict[str, Any]:
     """Seconds of every stage (minimum and median) and the peak memory up to and in each phase."""
     from omnivlm_edge import GenerateOptions, OmniVLM
@@ -103,11 +106,10 @@ def in_child(function: Any, *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def command_line(text: Path, mmproj: Path, photo: Path, threads: int | None, device: str) -> float:
+def command_line(text: Path, mmproj: Path, photo: Path, threads: int, device: str) -> float:
     """Wall-clock seconds of `omnivlm-edge run`, from nothing to the last token."""
     command = [sys.executable, "-m", "omnivlm_edge", "run", text, "--mmproj", mmproj, "-i", photo]
-    command += ["-p", QUESTION, "-n", MAX_TOKENS, "--device", device]
-    command += ["-t", threads] if threads else []
+    command += ["-p", QUESTION, "-n", MAX_TOKENS, "--device", device, "-t", threads]
     started = time.perf_counter()
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
     return round(time.perf_counter() - started, 3)
@@ -125,8 +127,6 @@ def megabytes(path: Path) -> float:
 
 
 def machine() -> dict[str, Any]:
-    import os
-
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()

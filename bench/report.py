@@ -31,7 +31,7 @@ def cost_table() -> str:
         "",
         "Full-size synthetic model (published shapes, F16, random weights), a 512×512 photograph, "
         f"answers of {record['completion_tokens']} tokens; {machine['cpu']}, "
-        f"{machine['cores']} cores, llama-cpp-python {record['llama_cpp_python']}, commit "
+        f"{record['threads']} threads, llama-cpp-python {record['llama_cpp_python']}, commit "
         f"{record['commit']}; minimum of {record['repeats']} repeats, the whole command once. From "
         "`bench/results/full_size.jsonl`.",
     ]

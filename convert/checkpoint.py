@@ -6,7 +6,6 @@ rounded to its type and written.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from .keys import (
     add_text_keys,
     storage_type,
 )
-from .output import OutFile, OutTensor, publish
+from .output import OutFile, OutTensor, publish, report_unused
 from .tensor_map import (
     LM_HEAD,
     PROJECTOR,
@@ -101,12 +100,7 @@ def convert_checkpoint(
         ),
         tensors=_plan(language_rules, tensors, outtype),
     )
-    if unused:
-        print(
-            f"{checkpoint}: left out the {len(unused)} tensors of the vision tower's pooling "
-            "head, which this model never uses",
-            file=sys.stderr,
-        )
+    report_unused(checkpoint, unused)
     publish([mmproj, language], inputs=sorted({tensor.file for tensor in tensors.values()}))
     return ModelFiles(text=language.path, mmproj=mmproj.path)
 

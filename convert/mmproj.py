@@ -6,7 +6,6 @@ half of each MLP ffn_down and the narrowing half ffn_up), keys, and the pooling 
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ..errors import ModelFileError
 from ..prompt import check_variant, default_variant
 from .config import Section, VisionConfig, projector_from_shapes
 from .keys import MMPROJ_ARCHITECTURE, add_mmproj_keys
-from .output import OutFile, OutTensor, publish
+from .output import OutFile, OutTensor, publish, report_unused
 from .tensor_map import UNUSED_PUBLISHED, Rule, mmproj_rules
 
 PUBLISHED_ARCHITECTURE = "siglip"
@@ -64,12 +63,7 @@ def convert_mmproj(old: Path, out_dir: Path, *, variant: str | None = None) -> P
         ),
         tensors=planned,
     )
-    if left:
-        print(
-            f"{old}: left out the {len(left)} tensors of the vision tower's pooling head, "
-            "which this model never uses",
-            file=sys.stderr,
-        )
+    report_unused(old, left)
     publish([output], inputs=[old])
     return output.path
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -69,6 +70,16 @@ def publish(files: Sequence[OutFile], inputs: Sequence[Path] = ()) -> None:
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
+
+
+def report_unused(source: Path, names: Collection[str]) -> None:
+    """Nothing is left out silently."""
+    if names:
+        print(
+            f"{source}: left out the {len(names)} tensors of the vision tower's pooling head, "
+            "which this model never uses",
+            file=sys.stderr,
+        )
 
 
 def _write(file: OutFile, part: Path, progress: tqdm[Any]) -> None:

@@ -55,12 +55,24 @@ def test_every_error_is_exported_and_in_the_tree() -> None:
     assert sorted(tree) == sorted(classes)
 
 
+def signatures(stub: str) -> set[str]:
+    """Every function with its arguments and every class, whatever the layout of the text."""
+    names = set()
+    for node in ast.walk(ast.parse(stub)):
+        if isinstance(node, ast.FunctionDef):
+            names.add(f"{node.name}({ast.unparse(node.args)})")
+        if isinstance(node, ast.ClassDef):
+            names.add(node.name)
+    return names
+
+
 def test_package_is_typed_and_the_stub_is_generated() -> None:
     package = files("omnivlm_edge")
     assert (package / "py.typed").is_file()
     generated = StubGen(omnivlm_edge._native)
     generated.put(omnivlm_edge._native)
-    assert (package / "_native.pyi").read_text() == generated.get(), "run: make stub"
+    shipped = (package / "_native.pyi").read_text()
+    assert signatures(shipped) == signatures(generated.get()), "run: make stub"
 
 
 @pytest.mark.parametrize("module", sorted(path.stem for path in PACKAGE.glob("*.py")))

@@ -75,7 +75,7 @@ def test_encode_equals_the_reference(
 
 @pytest.mark.parametrize("gelu", ["erf", "tanh"])
 def test_projector_gelu_follows_the_file(tmp_path: Path, gelu: str) -> None:
-    """The two differ by 4e-4 around 2.2; averaged over 256 units there, rounding does not hide it."""
+    """They differ by 4e-4 around 2.2: averaged over 256 units, more than what rounding does."""
     shape = VisionShape(n_proj=256)
     tensors = tiny_gguf.random_tensors(shape)
     tensors["mm.0.weight"] *= 0.01

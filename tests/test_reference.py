@@ -81,28 +81,38 @@ def torch_logits(
     return reference.logits(torch.from_numpy(pixels)[None], before, after, n).numpy()
 
 
-# Seed 0 is left out: at step 41 the untied model's two best tokens are 0.003 apart (the logits'
-# standard deviation is 7.6), which llama.cpp's half-precision key-value cache can turn around.
-@pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize(
     ("image_size", "merge", "tied"),
     [(84, 9, True), (42, 1, True), (126, 9, False)],
     ids=["merge 9", "merge 1", "untied head"],
 )
 def test_f32_gives_identical_tokens(
-    tmp_path: Path, picture: Image.Image, image_size: int, merge: int, tied: bool, seed: int
+    tmp_path: Path, picture: Image.Image, image_size: int, merge: int, tied: bool
 ) -> None:
-    checkpoint = tmp_path / "checkpoint"
-    write_checkpoint(checkpoint, image_size=image_size, merge=merge, tied=tied, seed=seed)
-    files = convert_checkpoint(checkpoint, tmp_path / "model", "f32")
+    """Three random models, the first whose 64 greedy choices are all clear ones.
+
+    llama.cpp's half-precision key-value cache moves logits (standard deviation 7.6) by up to 0.2,
+    which may turn around two tokens that the reference itself holds for equal to within 0.01.
+    """
     pixels = preprocess(load_image(picture), image_size, [0.5] * 3, [0.5] * 3)
     prompt = build_prompt("What is it? 这是什么？", "vlm-81-instruct")
-    reference = torch_reference().from_checkpoint(checkpoint)
-    want = torch_logits(reference, checkpoint, pixels, prompt, N_TOKENS)
-    with runtime(files) as (vision, decoder):
-        got = runtime_logits(vision, decoder, pixels, prompt, N_TOKENS)
-    assert list(got.argmax(-1)) == list(want.argmax(-1))
-    assert len(set(want.argmax(-1))) > 5  # no trivial loop
+    compared = 0
+    for seed in range(6):
+        checkpoint, model = tmp_path / f"checkpoint{seed}", tmp_path / f"model{seed}"
+        write_checkpoint(checkpoint, image_size=image_size, merge=merge, tied=tied, seed=seed)
+        reference = torch_reference().from_checkpoint(checkpoint)
+        want = torch_logits(reference, checkpoint, pixels, prompt, N_TOKENS)
+        second, first = np.sort(want, axis=-1)[:, -2:].T
+        if (first - second).min() < 0.01:
+            continue
+        with runtime(convert_checkpoint(checkpoint, model, "f32")) as (vision, decoder):
+            got = runtime_logits(vision, decoder, pixels, prompt, N_TOKENS)
+        assert list(got.argmax(-1)) == list(want.argmax(-1))
+        assert len(set(want.argmax(-1))) > 5  # no trivial loop
+        compared += 1
+        if compared == 3:
+            break
+    assert compared == 3
 
 
 @pytest.mark.parametrize(("outtype", "cosine"), [("f32", 0.9999), ("f16", 0.999), ("bf16", 0.99)])

@@ -337,9 +337,10 @@ def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """int64 [2, 81]: 1 + the kind of the thing on each patch, and of one with its centre there.
+    """int64 [3, 81] for the patches: what is there, what has its centre there, how many there are.
 
-    0 stands for nothing, -100 in the first row for too little to tell.
+    Things are 1 + their kind; the number is that of the first row's kind in the whole scene.
+    0 stands for nothing, -100 in the first and last row for too little to tell.
     """
     cover = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
     for thing in scene.placed:
@@ -357,7 +358,10 @@ def patch_labels(scene: Scene) -> np.ndarray:
     centres = np.zeros_like(covered)
     for thing in scene.placed:
         centres[int(thing.y * grid) * grid + int(thing.x * grid)] = thing.kind + 1
-    return np.stack((covered, centres))
+    numbers = covered.copy()
+    for kind, count in scene.counts.items():
+        numbers[covered == kind + 1] = count
+    return np.stack((covered, centres, numbers))
 
 
 # ---- questions --------------------------------------------------------------------------------

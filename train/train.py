@@ -5,7 +5,6 @@ python train/train.py --minutes 60 --out demo-checkpoint
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -25,7 +24,7 @@ from model import GROUP, IMAGE_TOKENS, WIDTH, DemoVLM, save_checkpoint
 from scenes import IMAGE_SIZE, THINGS, Question, patch_labels, questions, render, sample_scene
 from tokenizer import ANSWER, HEAD, QUESTION, train_tokenizer
 
-CLASSES = len(THINGS) + 1  # things and "nothing"
+LABELS, CLASSES = 3, len(THINGS) + 1  # per patch; things and "nothing"
 TOKENS = 240  # length of a row: the prompt's head, the image, and pairs of question and answer
 RENDER_SIZES = (IMAGE_SIZE, IMAGE_SIZE, 160, 192, 252)
 HEADER_WEIGHT, DECISION_WEIGHT = 0.1, 4.0  # of "assistant", and of "Yes" and "No"
@@ -106,18 +105,15 @@ class Rows(IterableDataset):
 
 
 class DenseHeads(nn.Module):
-    """Names each patch's thing, and a thing whose centre it is; from the patch, and from its token.
-
-    Every thing has one centre: with these in the image tokens, counting is adding up.
-    """
+    """Tells the `patch_labels` of each patch, from the patch and from its image token."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch = nn.Linear(WIDTH, 2 * CLASSES)
-        self.token = nn.Linear(WIDTH, GROUP * 2 * CLASSES)
+        self.patch = nn.Linear(WIDTH, LABELS * CLASSES)
+        self.token = nn.Linear(WIDTH, GROUP * LABELS * CLASSES)
 
     def forward(self, patches: Tensor, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 81, C], [B, 9, C], [B, 2, 81] -> the loss, and the share right where a thing is."""
+        """[B, 81, C], [B, 9, C], [B, 3, 81] -> the loss, and the share right where a thing is."""
         truth = labels.transpose(1, 2).flatten()
         of_patch = self.patch(patches).float().view(-1, CLASSES)
         of_token = self.token(image).float().view(-1, CLASSES)
@@ -169,8 +165,8 @@ def make_optimizers(model: DemoVLM, heads: DenseHeads) -> list[torch.optim.Optim
 
 
 def rate(progress: float) -> float:
-    """The learning rate at a share of the time: a short rise, then half a cosine."""
-    return PEAK_RATE * min(1, progress / 0.01 + 0.02) * (0.51 + 0.49 * math.cos(math.pi * progress))
+    """The learning rate at a share of the time: a short rise, level, then a straight fall."""
+    return PEAK_RATE * min(1, progress / 0.01 + 0.02, (1 - progress) / 0.45 + 0.01)
 
 
 def evaluate(model: DemoVLM, items: list[Item], batch: int = 200) -> dict[str, float]:
