@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
+import subprocess
+import sys
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +17,8 @@ from nanobind.stubgen import StubGen
 
 import omnivlm_edge
 import omnivlm_edge._native
+from omnivlm_edge import GenerateOptions, OmniVLM
+from omnivlm_edge.models import find_model
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "omnivlm_edge"
@@ -110,3 +115,56 @@ def test_llama_cpp_python_is_pinned_once_for_build_and_run() -> None:
     assert len(pins) == 2
     assert len(set(pins)) == 1
     assert pins[0] in (ROOT / "Makefile").read_text()
+
+
+def readme_blocks() -> list[str]:
+    return re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
+def test_readme_shows_the_help_text() -> None:
+    command = [sys.executable, "-m", "omnivlm_edge", "run", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout in readme_blocks()
+
+
+def test_readme_transcripts_are_real() -> None:
+    """Commands after `$` and lines after `>>>` are run again; what they print must be the same."""
+    transcripts = [block for block in readme_blocks() if block.startswith("$ omnivlm-edge run")]
+    assert len(transcripts) == 2
+    for transcript in transcripts:
+        command, _, shown = transcript.partition("\n")
+        typed = re.findall(r"^>>> (.*)\n", shown, re.M)
+        result = subprocess.run(
+            [sys.executable, "-m", "omnivlm_edge", *shlex.split(command)[2:], "--device", "cpu"],
+            input="\n".join(typed),
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+        )
+        answers = "".join(line for line in shown.splitlines(True) if not line.startswith(">>>"))
+        assert result.stdout == answers
+
+
+def test_readme_tables_come_from_the_committed_results() -> None:
+    sys.path.insert(0, str(ROOT / "bench"))
+    import report
+
+    text = (ROOT / "README.md").read_text()
+    assert report.cost_table() in text
+    assert report.accuracy_table() in text
+
+
+def test_demo_fits_the_wheel_and_knows_the_examples() -> None:
+    files_ = find_model("demo")
+    assert sum(path.stat().st_size for path in (files_.text, files_.mmproj)) <= 12e6
+    options = GenerateOptions(max_tokens=40)
+    with OmniVLM("demo", device="cpu") as model:
+        horses = model.encode(ROOT / "examples" / "horses.png")
+        assert "three horses" in model.answer(horses, "Describe the image", options).text
+        assert "water" in model.answer(horses, "Describe the image", options).text
+        assert model.answer(horses, "Is there an egg?", options).text.startswith("No")
+        shopping = model.encode(ROOT / "examples" / "shopping.png")
+        assert "three eggs" in model.answer(shopping, "Describe the image", options).text
+        assert "shopping cart" in model.answer(shopping, "Describe the image", options).text
+        assert model.answer(shopping, "Do I have eggs?", options).text.startswith("Yes")
