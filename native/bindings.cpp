@@ -133,6 +133,9 @@ NB_MODULE(_native, m) {
         .def_ro("image_std", &VisionHparams::image_std)
         .def_ro("prompt_variant", &VisionHparams::prompt_variant, "Empty when the file names none.");
 
+    nb::class_<TextFile>(m, "TextFile", "What is known of a text model's file before it is loaded.")
+        .def_ro("quantized", &TextFile::quantized, "Some of its tensors are.");
+
     nb::class_<VisionEncoder>(m, "VisionEncoder", "The vision path of one mmproj file on one device.")
         .def("__init__", &construct, "path"_a, "device"_a, "n_threads"_a, "flash_attention"_a = true)
         .def("encode", &encode, "pixels"_a.noconvert(),
@@ -144,7 +147,7 @@ NB_MODULE(_native, m) {
         "gguf_architecture", [](const nb::bytes & path) { return gguf_architecture(path_of(path)); }, "path"_a,
         "The value of general.architecture. Raises ModelFileError when the file is no whole GGUF file.");
     m.def(
-        "check_text_file", [](const nb::bytes & path) { check_text_file(path_of(path)); }, "path"_a,
+        "inspect_text_file", [](const nb::bytes & path) { return inspect_text_file(path_of(path)); }, "path"_a,
         "Raises ModelFileError for damage in a text model's file that llama.cpp would not survive.");
 
     ggml_log_set(log_sink, nullptr);

@@ -31,6 +31,15 @@ void GgufReader::fail(const std::string & what) const {
     throw ModelFileError(path_ + ": " + what);
 }
 
+bool GgufReader::has_quantized_tensors() const {
+    for (ggml_tensor * t = ggml_get_first_tensor(meta_.get()); t != nullptr; t = ggml_get_next_tensor(meta_.get(), t)) {
+        if (ggml_is_quantized(t->type)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 bool GgufReader::has_key(const std::string & key) const {
     return gguf_find_key(gguf_.get(), key.c_str()) >= 0;
 }

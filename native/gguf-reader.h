@@ -25,6 +25,7 @@ class GgufReader {
     int64_t checked_dimension(const std::string & what, int64_t value) const;
 
     int64_t n_tensors() const;
+    bool    has_quantized_tensors() const;
 
     bool has_key(const std::string & key) const;
 

@@ -16,7 +16,7 @@ std::string gguf_architecture(const std::string & path) {
     return GgufReader(path).string("general.architecture");
 }
 
-void check_text_file(const std::string & path) {
+TextFile inspect_text_file(const std::string & path) {
     const GgufReader reader(path);
 
     const std::string layers_key = reader.string("general.architecture") + ".block_count";
@@ -48,6 +48,7 @@ void check_text_file(const std::string & path) {
                         " tokens");
         }
     }
+    return { reader.has_quantized_tensors() };
 }
 
 }  // namespace omnivlm

@@ -9,8 +9,12 @@ namespace omnivlm {
 // `general.architecture` of any GGUF file. Throws ModelFileError when it is not a whole GGUF file.
 std::string gguf_architecture(const std::string & path);
 
+struct TextFile {
+    bool quantized = false;  // some of its tensors are
+};
+
 // llama.cpp refuses most damaged files, but takes a few things for granted and aborts the process,
 // or reads outside an array, where they do not hold: these are checked here. Throws ModelFileError.
-void check_text_file(const std::string & path);
+TextFile inspect_text_file(const std::string & path);
 
 }  // namespace omnivlm

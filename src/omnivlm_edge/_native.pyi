@@ -74,6 +74,13 @@ class VisionHparams:
     def prompt_variant(self) -> str:
         """Empty when the file names none."""
 
+class TextFile:
+    """What is known of a text model's file before it is loaded."""
+
+    @property
+    def quantized(self) -> bool:
+        """Some of its tensors are."""
+
 class VisionEncoder:
     """The vision path of one mmproj file on one device."""
 
@@ -95,7 +102,7 @@ def gguf_architecture(path: bytes) -> str:
     The value of general.architecture. Raises ModelFileError when the file is no whole GGUF file.
     """
 
-def check_text_file(path: bytes) -> None:
+def inspect_text_file(path: bytes) -> TextFile:
     """
     Raises ModelFileError for damage in a text model's file that llama.cpp would not survive.
     """

@@ -19,7 +19,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from ._native import Device, check_text_file, log_sink_address, take_log_error
+from ._native import Device, inspect_text_file, log_sink_address, take_log_error
 from .errors import (
     BusyError,
     ClosedError,
@@ -324,8 +324,11 @@ def _new_sampler(options: GenerateOptions, n_vocab: int) -> Any:
 
 
 def _load_model(path: Path, device: Device) -> Any:
-    check_text_file(os.fsencode(path))
+    file = inspect_text_file(os.fsencode(path))
     params = llama_cpp.llama_model_default_params()
+    # Rearranged copies of the weights speed quantized models up. Float weights gain nothing from
+    # them (measured: AMX, F16), and stay in the file's mapping without.
+    params.use_extra_bufts = file.quantized
     # A null-terminated list of devices; an empty one keeps everything on the CPU.
     handles = (ctypes.c_void_p * 2)(None if device.kind == "cpu" else device.handle, None)
     params.devices = ctypes.cast(handles, ctypes.c_void_p)
