@@ -35,8 +35,12 @@ def convert_mmproj(old: Path, out_dir: Path, *, variant: str | None = None) -> P
     """
     old, out_dir = Path(old), Path(out_dir)
     keys, tensors = _open(old)
-    keys.present("general.architecture")
-    keys.only("general.architecture", PUBLISHED_ARCHITECTURE)
+    architecture = keys.present("general.architecture")
+    if architecture != PUBLISHED_ARCHITECTURE:
+        raise ModelFileError(
+            f"{old}: has the architecture {architecture!r}; only a published vision file "
+            f"({PUBLISHED_ARCHITECTURE!r}) is converted, others are used as they are"
+        )
     vision = _vision(keys)
     try:
         first, second = (_shape(_find(tensors, name, old)) for name in _PROJECTOR_WEIGHTS)

@@ -1010,8 +1010,8 @@ def test_published_over_itself(published: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"general.architecture": "clip"}, "'clip', but only 'siglip'"),
-        ({"general.architecture": "llama"}, "'llama', but only 'siglip'"),
+        ({"general.architecture": "clip"}, "'clip'; only a published vision file"),
+        ({"general.architecture": "llama"}, "'llama'; only a published vision file"),
         ({"siglip.vision.block_count": 3}, r"v\.blk\.2\.ln1\.weight is missing"),
         ({"siglip.vision.block_count": 1}, r"v\.blk\.1\..* is not part of this model"),
         ({"siglip.vision.block_count": 0}, "positive integer"),

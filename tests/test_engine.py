@@ -239,6 +239,11 @@ def test_overflow_is_refused_before_any_work(tiny_model: Path) -> None:
             model.generate("there is no such picture.png", "What is it?")
         with pytest.raises(ContextOverflowError, match="or raise n_ctx"):
             model.generate("there is no such picture.png", "many words " * 200, SHORT)
+    with (
+        OmniVLM(tiny_model, device="cpu", n_ctx=10**6) as model,
+        pytest.raises(ContextOverflowError, match="context of 4096: .* trained for no more"),
+    ):
+        model.generate("there is no such picture.png", "many words " * 2000, SHORT)
 
 
 def test_wrong_prompts_are_refused_before_any_work(engine: OmniVLM) -> None:

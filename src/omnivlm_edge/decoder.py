@@ -62,7 +62,7 @@ class TextDecoder:
     """A text model with one context. Safe to call from several threads; calls are serialised.
 
     `n_ctx` counts the context's positions: what was asked for, at most what the model was trained
-    on. `n_embd` is the width of one position's embedding.
+    on (`n_ctx_train`). `n_embd` is the width of one position's embedding.
 
     Raises ModelFileError when the file cannot be loaded, DeviceError when memory runs out.
     """
@@ -84,9 +84,9 @@ class TextDecoder:
         self._finalizer = weakref.finalize(self, _free_all, self._owned)
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
-        n_ctx_train = llama_cpp.llama_model_n_ctx_train(self._model)
+        self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self._model)
         self._context = _new_context(
-            self._model, device, min(n_ctx, n_ctx_train), n_threads, n_sequences
+            self._model, device, min(n_ctx, self.n_ctx_train), n_threads, n_sequences
         )
         self._owned.insert(0, functools.partial(llama_cpp.llama_free, self._context))
         self.n_ctx: int = llama_cpp.llama_n_ctx(self._context)

@@ -107,10 +107,13 @@ class OmniVLM:
         after = self._decoder.tokenize(template.after)
         n_prompt = len(before) + n_image + len(after)
         if n_prompt + options.max_tokens > self._decoder.n_ctx:
+            n_ctx = self._decoder.n_ctx
+            more = ", lower max_tokens (-n) or raise n_ctx (-c)"
+            if n_ctx >= self._decoder.n_ctx_train:
+                more = " or lower max_tokens (-n); the model was trained for no more positions"
             raise ContextOverflowError(
                 f"the prompt ({n_prompt} positions) and up to {options.max_tokens} new tokens do "
-                f"not fit into the context of {self._decoder.n_ctx}: shorten the prompt, lower "
-                "max_tokens (-n) or raise n_ctx (-c)"
+                f"not fit into the context of {n_ctx}: shorten the prompt{more}"
             )
         return self._generate(image, before, after, options)
 
