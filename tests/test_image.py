@@ -143,9 +143,10 @@ def test_absent_file(tmp_path: Path) -> None:
         load_image(tmp_path / "none.png")
 
 
-def test_directory_and_impossible_path(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="cannot be read"):
-        load_image(tmp_path)
+def test_directory_device_and_impossible_path(tmp_path: Path) -> None:
+    for path in (tmp_path, "/dev/zero", ""):
+        with pytest.raises(ImageError, match="is not a file"):
+            load_image(path)
     with pytest.raises(ImageError, match="cannot be read"):
         load_image("a\0b.png")
 
@@ -197,6 +198,12 @@ def test_file_objects_that_give_no_bytes(tmp_path: Path) -> None:
     closed.close()
     with pytest.raises(ImageError, match="cannot be read"):
         load_image(closed)
+
+
+@pytest.mark.parametrize(("value", "grey"), [(0.5, 127), (77.0, 77), (float("nan"), 0)])
+def test_float_pictures(value: float, grey: int) -> None:
+    data = encoded(Image.new("F", (4, 4), value), "TIFF")
+    assert solid(load_image(data)) == (grey, grey, grey)
 
 
 def test_wide_integers_with_8_bit_values() -> None:

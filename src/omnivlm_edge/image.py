@@ -83,6 +83,8 @@ def _open(source: ImageSource) -> tuple[str, Image.Image | BinaryIO]:
 
 def _read_file(path: Path) -> BinaryIO:
     try:
+        if path.exists() and not path.is_file():
+            raise ImageError(f"{path}: is not a file; give the path of a picture")
         return io.BytesIO(path.read_bytes())
     except FileNotFoundError as exc:
         raise ImageError(f"{path}: there is no such file; check the picture's path") from exc
@@ -121,6 +123,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if image.mode != "I" or grey.max(initial=0) > 255:
             grey >>= 8
         image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
+    if image.mode == "F":
+        # Floats from 0 to 1, or on the scale of 8 bits; Pillow's own conversion knows the latter.
+        grey = np.nan_to_num(np.asarray(image))
+        scale = 255 if grey.max(initial=0) <= 1 else 1
+        image = Image.fromarray(np.clip(grey * scale, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
