@@ -182,7 +182,7 @@ def test_output_that_cannot_be_written(tiny_model: Path, image: Path) -> None:
     with open("/dev/full", "w") as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 1
-    assert result.stderr == "Error: the answer cannot be written (No space left on device)\n"
+    assert result.stderr == "Error: the output cannot be written (No space left on device)\n"
 
 
 def test_reader_that_has_enough(tiny_model: Path, image: Path) -> None:

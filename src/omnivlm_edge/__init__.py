@@ -6,40 +6,66 @@ with OmniVLM("demo") as model:
     print(model.answer("horses.png", "Describe the image").text)
 """
 
-from importlib.metadata import version
+from __future__ import annotations
 
-from .device import available_devices
-from .engine import OmniVLM
-from .errors import (
-    BusyError,
-    ClosedError,
-    ContextOverflowError,
-    ConvertError,
-    DeviceError,
-    ImageError,
-    ModelFileError,
-    OmniVLMError,
-    OptionError,
-)
-from .values import Answer, GenerateOptions, ImageEmbedding, ModelFiles, Timings
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Answer",
-    "BusyError",
-    "ClosedError",
-    "ContextOverflowError",
-    "ConvertError",
-    "DeviceError",
-    "GenerateOptions",
-    "ImageEmbedding",
-    "ImageError",
-    "ModelFileError",
-    "ModelFiles",
-    "OmniVLM",
-    "OmniVLMError",
-    "OptionError",
-    "Timings",
-    "available_devices",
-]
+if TYPE_CHECKING:
+    from .device import available_devices as available_devices
+    from .engine import OmniVLM as OmniVLM
+    from .errors import BusyError as BusyError
+    from .errors import ClosedError as ClosedError
+    from .errors import ContextOverflowError as ContextOverflowError
+    from .errors import ConvertError as ConvertError
+    from .errors import DeviceError as DeviceError
+    from .errors import ImageError as ImageError
+    from .errors import ModelFileError as ModelFileError
+    from .errors import OmniVLMError as OmniVLMError
+    from .errors import OptionError as OptionError
+    from .values import Answer as Answer
+    from .values import GenerateOptions as GenerateOptions
+    from .values import ImageEmbedding as ImageEmbedding
+    from .values import ModelFiles as ModelFiles
+    from .values import Timings as Timings
 
-__version__ = version("omnivlm-edge")
+# Every public name and where it lives; loaded at its first use, because llama.cpp takes a while
+# that `omnivlm-edge --help` need not spend.
+_HOME = {
+    "Answer": "values",
+    "BusyError": "errors",
+    "ClosedError": "errors",
+    "ContextOverflowError": "errors",
+    "ConvertError": "errors",
+    "DeviceError": "errors",
+    "GenerateOptions": "values",
+    "ImageEmbedding": "values",
+    "ImageError": "errors",
+    "ModelFileError": "errors",
+    "ModelFiles": "values",
+    "OmniVLM": "engine",
+    "OmniVLMError": "errors",
+    "OptionError": "errors",
+    "Timings": "values",
+    "available_devices": "device",
+}
+
+__all__ = list(_HOME)
+
+__version__: str
+
+
+def __getattr__(name: str) -> object:
+    value: object
+    if name == "__version__":
+        value = import_module("importlib.metadata").version("omnivlm-edge")
+    elif name in _HOME:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,39 +1,27 @@
-"""The command line: arguments -> engine -> stdout (answers alone) and stderr (all the rest).
-
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
-"""
+"""`omnivlm-edge run`: one question, or a chat."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
-from .errors import OmniVLMError
-from .values import MAX_SEED, GenerateOptions, ImageEmbedding
+from ..errors import OmniVLMError
+from ..values import MAX_SEED, GenerateOptions, ImageEmbedding
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .engine import OmniVLM
-
-# The engine is imported inside the commands: it loads llama.cpp, which --help does not need.
+    from ..engine import OmniVLM
 
 DEFAULTS = GenerateOptions()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="omnivlm-edge")
-def cli() -> None:
-    """Ask small vision-language models about pictures, on your own machine."""
-
-
-@cli.command()
+@click.command()
 @click.argument("model")
 @click.option(
     "--mmproj", type=click.Path(path_type=Path), help="Vision file (GGUF), if not beside MODEL."
@@ -88,8 +76,8 @@ def run(
     file. With no prompt a loop starts: a line that is the path of a picture loads it, any other
     line asks about it; /bye or Ctrl-D leaves.
     """
-    from .engine import OmniVLM
-    from .image import load_image
+    from ..engine import OmniVLM
+    from ..image import load_image
 
     if prompt is not None and image is None:
         raise click.UsageError("a prompt needs a picture: add -i IMAGE")
@@ -100,70 +88,6 @@ def run(
             _print_answer(engine, picture, prompt, options)
         else:
             _loop(engine, engine.encode(picture) if picture is not None else None, options)
-
-
-@cli.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    required=True,
-    help="Directory for the GGUF files.",
-)
-@click.option(
-    "--outtype",
-    type=click.Choice(["f16", "bf16", "f32"]),
-    help="Type of the weights.  [default: f16]",
-)
-@click.option("--name", help="Name of the model.  [default: that of the checkpoint's directory]")
-@click.option("--variant", help="Prompt variant to record, if not the usual one.")
-def convert(
-    source: Path, out: Path, outtype: str | None, name: str | None, variant: str | None
-) -> None:
-    """Convert a model to GGUF.
-
-    SOURCE is a Hugging Face checkpoint directory in OmniVision's layout (config.json, safetensors,
-    tokenizer), which becomes two GGUF files, or a published mmproj GGUF of the `siglip` layout,
-    which becomes one of ours with its weights unchanged.
-    """
-    from .convert import convert_checkpoint, convert_mmproj
-
-    if source.is_file():
-        if outtype is not None or name is not None:
-            raise click.UsageError(
-                "--outtype and --name are for checkpoints; a GGUF file keeps its types and name"
-            )
-        written = [convert_mmproj(source, out, variant=variant)]
-    else:
-        files = convert_checkpoint(source, out, outtype or "f16", name=name, variant=variant)
-        written = [files.text, files.mmproj]
-    for path in written:
-        click.echo(path)
-
-
-def main() -> NoReturn:
-    """Entry point of `omnivlm-edge`: maps every outcome to an exit code."""
-    try:
-        cli.main(prog_name="omnivlm-edge", standalone_mode=False)
-    except click.exceptions.Exit as exc:
-        sys.exit(exc.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo(err=True)
-        sys.exit(130)
-    except click.ClickException as exc:
-        exc.show()
-        sys.exit(exc.exit_code)
-    except OmniVLMError as exc:
-        click.echo(f"Error: {exc}", err=True)
-        sys.exit(1)
-    except OSError as exc:
-        if not isinstance(exc, BrokenPipeError):  # a reader that has enough is no error to tell
-            click.echo(f"Error: the answer cannot be written ({exc.strerror})", err=True)
-        # Python would try once more to write what is left when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    sys.exit(0)
 
 
 def _print_answer(
