@@ -85,6 +85,7 @@ def convert_checkpoint(
             vision=vision,
             projector=projector,
             variant=variant,
+            single_turn=root.flag("single_turn"),
         ),
         tensors=_plan(vision_rules, tensors, outtype),
     )

@@ -108,6 +108,13 @@ class Section:
             raise self.error(f"{self.where}: {key} is {value!r}; it must be an object")
         return Section(value, f"{self.where}: {key}", self.error)
 
+    def flag(self, key: str) -> bool:
+        """False when the key is absent."""
+        value = self.values.get(key, False)
+        if not isinstance(value, bool):
+            raise self.error(f"{self.where}: {key} is {value!r}; it must be true or false")
+        return value
+
     def only(self, key: str, *supported: Any) -> None:
         """Refuse a setting that is present and that the runtime does not implement."""
         if key in self.values and self.values[key] not in supported:

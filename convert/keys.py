@@ -15,6 +15,7 @@ PROJECTOR_TYPE = "omnivlm"
 MERGE_FACTOR = "clip.vision.projector.merge_factor"
 PROJECTOR_GELU = "clip.vision.projector.gelu"
 PROMPT_VARIANT = "clip.omnivlm.prompt_variant"
+SINGLE_TURN = "clip.omnivlm.single_turn"
 
 MATRIX_TYPES = {"f16": GGMLType.F16, "bf16": GGMLType.BF16, "f32": GGMLType.F32}
 FILE_TYPES = {
@@ -37,6 +38,7 @@ def add_mmproj_keys(
     vision: VisionConfig,
     projector: ProjectorConfig,
     variant: str,
+    single_turn: bool = False,
 ) -> None:
     writer.add_type(GGUFType.MMPROJ)
     writer.add_name(name)
@@ -59,6 +61,8 @@ def add_mmproj_keys(
     # runtime computed the tanh form there, whatever the file: a small error that is not kept.
     writer.add_string(PROJECTOR_GELU, "erf")
     writer.add_string(PROMPT_VARIANT, variant)
+    if single_turn:
+        writer.add_bool(SINGLE_TURN, True)
 
 
 def add_text_keys(

@@ -131,7 +131,8 @@ NB_MODULE(_native, m) {
         .def_prop_ro("n_tokens", &VisionHparams::n_tokens, "Image tokens a picture becomes.")
         .def_ro("image_mean", &VisionHparams::image_mean)
         .def_ro("image_std", &VisionHparams::image_std)
-        .def_ro("prompt_variant", &VisionHparams::prompt_variant, "Empty when the file names none.");
+        .def_ro("prompt_variant", &VisionHparams::prompt_variant, "Empty when the file names none.")
+        .def_ro("single_turn", &VisionHparams::single_turn, "Trained on conversations of one question only.");
 
     nb::class_<TextFile>(m, "TextFile", "What is known of a text model's file before it is loaded.")
         .def_ro("quantized", &TextFile::quantized, "Some of its tensors are.");

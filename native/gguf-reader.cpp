@@ -73,6 +73,10 @@ float GgufReader::number(const std::string & key) const {
     return gguf_get_val_f32(gguf_.get(), require(key, GGUF_TYPE_FLOAT32));
 }
 
+bool GgufReader::boolean(const std::string & key) const {
+    return gguf_get_val_bool(gguf_.get(), require(key, GGUF_TYPE_BOOL));
+}
+
 std::array<float, 3> GgufReader::rgb(const std::string & key) const {
     const int64_t id = require_array(key, GGUF_TYPE_FLOAT32);
     if (gguf_get_arr_n(gguf_.get(), id) != 3) {

@@ -32,6 +32,7 @@ class GgufReader {
     std::string          string(const std::string & key) const;     // printable ASCII
     int64_t              dimension(const std::string & key) const;  // a u32 count or size, 1 .. 131072
     float                number(const std::string & key) const;     // f32
+    bool                 boolean(const std::string & key) const;
     std::array<float, 3> rgb(const std::string & key) const;        // f32[3], finite
 
     std::vector<std::string> strings(const std::string & key) const;

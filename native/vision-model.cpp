@@ -105,6 +105,9 @@ VisionHparams read_hparams(const GgufReader & reader, const Layout & layout) {
     }
     hparams.projector_gelu_erf = gelu == "erf";
     hparams.prompt_variant     = reader.string("clip.omnivlm.prompt_variant");
+
+    const std::string turns_key = "clip.omnivlm.single_turn";
+    hparams.single_turn         = reader.has_key(turns_key) && reader.boolean(turns_key);
     return hparams;
 }
 

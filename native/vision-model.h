@@ -36,6 +36,7 @@ struct VisionHparams {
 
     bool        projector_gelu_erf = true;  // exact GELU; false: tanh approximation
     std::string prompt_variant;             // empty when the file names none
+    bool        single_turn = false;        // trained on conversations of one question only
 
     int64_t patches_per_side() const { return image_size / patch_size; }  // valid convolution: the rest is unused
     int64_t n_patches() const { return patches_per_side() * patches_per_side(); }

@@ -114,6 +114,7 @@ def config(model: DemoVLM) -> dict:
         "mm_hidden_size": WIDTH,
         "mm_projector_type": "mlp2x_gelu",
         "image_token_index": model.image_pad,
+        "single_turn": True,  # our converter's key: no conversations in the data
         "torch_dtype": "float32",
         "vision_config": {"model_type": "siglip_vision_model", **VISION},
         "text_config": {

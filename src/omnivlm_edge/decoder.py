@@ -1,6 +1,7 @@
-"""Stage 4: tokens and image embeddings -> sampled tokens, on llama.cpp. The only llama_cpp import.
+"""Stage 4: tokens and image embeddings -> sampled tokens, on llama.cpp.
 
-One context holds several sequences; `decode` advances any number of them in one step.
+One context holds several sequences; `decode` advances any number of them in one step. What a closed
+sequence leaves in the context serves the next one that begins in the same way.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 import codecs
 import ctypes
 import functools
+import hashlib
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,26 +35,32 @@ from .values import GenerateOptions
 
 Tokens: TypeAlias = "list[int]"
 Embeddings: TypeAlias = "npt.NDArray[np.float32]"  # [n_positions, n_embd]
+# What stands at a position of the context: a token, or a row of the embeddings with some hash.
+Cell: TypeAlias = Hashable
 
 _MIN_BATCH, _MAX_BATCH = 256, 2048  # positions handed to llama.cpp at once
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ in llama.cpp
+_ALL_LAYERS = 999  # more than any model has
 _REPEAT_WINDOW = 64  # tokens that repeat_penalty looks back on; llama.cpp's default
 
 
 class TokenSequence:
     """One conversation's place in the context. Made by `TextDecoder.open`, given back by `close`.
 
-    `position` counts the positions in the context, `last_token` is the newest sampled token (not
-    yet in the context), `at_end` is true once that token ends the generation. Its logits live until
-    the decoder's next `prefill` or `decode`: sample before.
+    `position` counts the positions in the context, `n_cached` those of them that were found there
+    when it began; `last_token` is the newest sampled token (not yet in the context), `at_end` is
+    true once that token ends the generation. Its logits live until the decoder's next `prefill` or
+    `decode`: sample before.
     """
 
-    def __init__(self, seq_id: int, sampler: Any) -> None:
+    def __init__(self, seq_id: int, sampler: Any, grammar: Any) -> None:
         self.seq_id = seq_id
         self.position = 0
+        self.n_cached = 0
         self.last_token = -1
         self.at_end = False
         self._sampler = sampler
+        self._grammar = grammar
         self._output_index = -1
         self._step = -1  # the decoder's step that computed the logits
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -68,7 +76,14 @@ class TextDecoder:
     """
 
     def __init__(
-        self, path: Path, device: Device, *, n_ctx: int, n_threads: int, n_sequences: int = 1
+        self,
+        path: Path,
+        device: Device,
+        *,
+        n_ctx: int,
+        n_threads: int,
+        n_gpu_layers: int | None = None,
+        n_sequences: int = 1,
     ) -> None:
         _initialise_backend()
         if not 1 <= n_sequences <= _MAX_SEQUENCES:
@@ -78,7 +93,7 @@ class TextDecoder:
         # Reentrant: the garbage collector may close an abandoned sequence inside any of the calls.
         self._lock = threading.RLock()
         self._step = 0  # counts the calls that overwrite the logits
-        self._model = _load_model(path, device)
+        self._model = _load_model(path, device, n_gpu_layers)
         # llama.cpp's objects are freed in this order, once, by close() or with this object.
         self._owned: list[Any] = [functools.partial(llama_cpp.llama_model_free, self._model)]
         self._finalizer = weakref.finalize(self, _free_all, self._owned)
@@ -95,6 +110,7 @@ class TextDecoder:
         self._batch = llama_cpp.llama_batch_init(self._n_batch, 0, 1)
         self._owned.insert(0, functools.partial(llama_cpp.llama_batch_free, self._batch))
         self._free_ids = list(range(n_sequences))
+        self._cells: list[list[Cell]] = [[] for _ in range(n_sequences)]  # the context, by seq_id
         self._piece_buffer = ctypes.create_string_buffer(256)
 
     def tokenize(self, pieces: Sequence[Piece], *, start: bool = False) -> Tokens:
@@ -115,28 +131,37 @@ class TextDecoder:
         return self.tokenize([Piece(text, special=True)])[0]
 
     def open(self, options: GenerateOptions) -> TokenSequence:
-        """Claims a sequence of the context. Raises BusyError when all are taken."""
+        """Claims a sequence of the context.
+
+        Raises BusyError when all are taken, OptionError when the grammar cannot be used.
+        """
         with self._lock:
             self._open_context()
             if not self._free_ids:
                 raise BusyError("another answer is still being generated; finish or close it first")
+            grammar = None
+            if options.grammar is not None:
+                grammar = _new_grammar(options.grammar, self._vocab)
             sampler = _new_sampler(options, self._n_vocab)
-            return TokenSequence(self._free_ids.pop(), sampler)
+            return TokenSequence(self._free_ids.pop(), sampler, grammar)
 
     def close_sequence(self, sequence: TokenSequence) -> None:
-        """Gives a sequence back; harmless after `close`."""
+        """Gives a sequence back; harmless after `close`. Its positions stay for the next one."""
         with self._lock:
             if sequence.seq_id < 0:
                 return
             llama_cpp.llama_sampler_free(sequence._sampler)
+            if sequence._grammar:
+                llama_cpp.llama_sampler_free(sequence._grammar)
             if self._finalizer.alive:
-                memory = llama_cpp.llama_get_memory(self._context)
-                llama_cpp.llama_memory_seq_rm(memory, sequence.seq_id, -1, -1)
                 self._free_ids.append(sequence.seq_id)
             sequence.seq_id = -1
 
     def prefill(self, sequence: TokenSequence, parts: Sequence[Tokens | Embeddings]) -> None:
         """Appends tokens and embeddings to a sequence; logits are kept for the last position only.
+
+        The first prefill of a sequence computes only what does not stand in the context already:
+        the longest common beginning is kept, whichever conversation left it there.
 
         Raises ContextOverflowError before any work when the parts do not fit, OptionError when
         there is nothing to append or an embedding is not as wide as the model.
@@ -154,35 +179,71 @@ class TextDecoder:
                     f"embeddings of shape {list(part.shape)} do not fit a text model of width "
                     f"{self.n_embd}: they were encoded by another model"
                 )
-        chunks = [chunk for part in parts for chunk in self._chunks(part)]
         with self._lock:
             self._open_context()
             _check_open(sequence)
+            if sequence.position == 0:
+                cells = [cell for part in parts for cell in _cells_of(part)]
+                sequence.position = sequence.n_cached = self._keep_common(sequence.seq_id, cells)
+                parts = _skip(parts, sequence.n_cached)
+            self._make_room(sum(len(part) for part in parts))
+            chunks = [chunk for part in parts for chunk in self._chunks(part)]
             for i, chunk in enumerate(chunks):
-                self._append(sequence, chunk, with_logits=i == len(chunks) - 1)
+                last = len(chunk) - 1 if i == len(chunks) - 1 else len(chunk)
+                self._append(sequence, chunk, logits_from=last)
+
+    def score(self, sequence: TokenSequence, continuations: Sequence[Tokens]) -> list[float]:
+        """The log-probability of each continuation of a sequence, which itself stays as it is.
+
+        Its logits are used up: nothing can be sampled from it before the next prefill or decode.
+        """
+        with self._lock:
+            first = _log_softmax(self.logits(sequence))
+            start = sequence.position
+            scores = []
+            for tokens in continuations:
+                score = float(first[tokens[0]])
+                if len(tokens) > 1:
+                    self._make_room(len(tokens) - 1)
+                    self._append(sequence, tokens[:-1], logits_from=0)
+                    for i, token in enumerate(tokens[1:]):
+                        score += float(_log_softmax(self._logits_at(i))[token])
+                    self._forget(sequence.seq_id, start)
+                    sequence.position = start
+                scores.append(score)
+            return scores
 
     def decode(self, sequences: Sequence[TokenSequence]) -> None:
         """One step: appends the last sampled token of every sequence, all in one batch."""
         with self._lock:
             context = self._open_context()
             batch = self._batch
+            for sequence in sequences:
+                _check_open(sequence)
+            self._make_room(len(sequences))
             batch.n_tokens = len(sequences)
             self._step += 1
             for i, sequence in enumerate(sequences):
-                _check_open(sequence)
                 batch.token[i] = sequence.last_token
                 _set_position(batch, i, sequence, sequence.position, with_logits=True)
             _check_decode(llama_cpp.llama_decode(context, batch))
             for i, sequence in enumerate(sequences):
+                self._cells[sequence.seq_id].append(sequence.last_token)
                 sequence.position += 1
                 sequence._output_index, sequence._step = i, self._step
 
     def sample(self, sequence: TokenSequence) -> int:
-        """Samples the next token from the sequence's newest logits and remembers it."""
+        """Samples the next token from the sequence's newest logits and remembers it.
+
+        Raises OptionError when the grammar admits none of the vocabulary's tokens.
+        """
         with self._lock:
             context = self._open_context()
             index = self._output_of(sequence)
-            token = int(llama_cpp.llama_sampler_sample(sequence._sampler, context, index))
+            if sequence._grammar:
+                token = self._sample_constrained(sequence)
+            else:
+                token = int(llama_cpp.llama_sampler_sample(sequence._sampler, context, index))
             sequence.last_token = token
             sequence.at_end = bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
             return token
@@ -202,9 +263,8 @@ class TextDecoder:
     def logits(self, sequence: TokenSequence) -> npt.NDArray[np.float32]:
         """A copy of the newest logits of a sequence, float32 [n_vocab]."""
         with self._lock:
-            context = self._open_context()
-            pointer = llama_cpp.llama_get_logits_ith(context, self._output_of(sequence))
-            return np.ctypeslib.as_array(pointer, shape=(self._n_vocab,)).copy()
+            self._open_context()
+            return self._logits_at(self._output_of(sequence)).copy()
 
     def close(self) -> None:
         """Frees the model and its context. Waits for a running step; may be called again."""
@@ -222,6 +282,58 @@ class TextDecoder:
         if sequence._step != self._step:
             raise BusyError("the sequence's logits were overwritten: sample before the next step")
         return sequence._output_index
+
+    def _logits_at(self, output: int) -> npt.NDArray[np.float32]:
+        """The logits themselves, float32 [n_vocab], until the next step."""
+        pointer = llama_cpp.llama_get_logits_ith(self._context, output)
+        return np.ctypeslib.as_array(pointer, shape=(self._n_vocab,))
+
+    def _sample_constrained(self, sequence: TokenSequence) -> int:
+        """The grammar looks at the one token that the sampler likes; at all only if it must.
+
+        (A grammar takes milliseconds for a whole vocabulary; most first choices are right.)
+        """
+        logits = self._logits_at(self._output_of(sequence))
+        candidates = np.zeros(self._n_vocab, _CANDIDATE)
+        candidates["id"] = np.arange(self._n_vocab)
+        candidates["logit"] = logits
+        token = _select(sequence._sampler, candidates)
+        if not _admits(sequence._grammar, token):
+            candidates["id"] = np.arange(self._n_vocab)  # the samplers sort in place
+            candidates["logit"] = logits
+            _apply(sequence._grammar, candidates)
+            if not np.isfinite(candidates["logit"]).any():
+                raise OptionError(
+                    "the grammar cannot be followed: none of the model's tokens fits it here"
+                )
+            token = _select(sequence._sampler, candidates)
+        llama_cpp.llama_sampler_accept(sequence._grammar, token)
+        llama_cpp.llama_sampler_accept(sequence._sampler, token)
+        return token
+
+    def _keep_common(self, seq_id: int, cells: Sequence[Cell]) -> int:
+        """Removes from a sequence what differs from `cells`; the last one is always computed."""
+        kept = self._cells[seq_id]
+        common = 0
+        while common < min(len(kept), len(cells) - 1) and kept[common] == cells[common]:
+            common += 1
+        return common if self._forget(seq_id, common) else 0
+
+    def _forget(self, seq_id: int, start: int) -> bool:
+        """Removes positions from `start` on; all of them where the model can only do that."""
+        memory = llama_cpp.llama_get_memory(self._context)
+        partly = bool(llama_cpp.llama_memory_seq_rm(memory, seq_id, start, -1))
+        if not partly:
+            llama_cpp.llama_memory_seq_rm(memory, seq_id, -1, -1)
+            start = 0
+        del self._cells[seq_id][start:]
+        return partly
+
+    def _make_room(self, n_positions: int) -> None:
+        """Gives up what closed sequences left, when the open ones need the place."""
+        if sum(map(len, self._cells)) + n_positions > self.n_ctx:
+            for seq_id in self._free_ids:
+                self._forget(seq_id, 0)
 
     def _tokenize(self, piece: Piece, *, add_bos: bool) -> Tokens:
         try:
@@ -256,7 +368,7 @@ class TextDecoder:
             yield part[start : start + self._n_batch]
 
     def _append(
-        self, sequence: TokenSequence, chunk: Tokens | Embeddings, *, with_logits: bool
+        self, sequence: TokenSequence, chunk: Tokens | Embeddings, *, logits_from: int
     ) -> None:
         is_text = isinstance(chunk, list)
         batch = self._batch if is_text else llama_cpp.llama_batch_init(len(chunk), self.n_embd, 1)
@@ -269,16 +381,33 @@ class TextDecoder:
                 data = np.ascontiguousarray(chunk, dtype=np.float32)
                 ctypes.memmove(batch.embd, data.ctypes.data, data.nbytes)
             for i in range(len(chunk)):
-                last = with_logits and i == len(chunk) - 1
-                _set_position(batch, i, sequence, sequence.position + i, with_logits=last)
+                with_logits = i >= logits_from
+                _set_position(batch, i, sequence, sequence.position + i, with_logits=with_logits)
             self._step += 1
             _check_decode(llama_cpp.llama_decode(self._context, batch))
         finally:
             if not is_text:
                 llama_cpp.llama_batch_free(batch)
+        self._cells[sequence.seq_id] += _cells_of(chunk)
         sequence.position += len(chunk)
-        if with_logits:
+        if logits_from < len(chunk):
             sequence._output_index, sequence._step = len(chunk) - 1, self._step
+
+
+def _cells_of(part: Tokens | Embeddings) -> list[Cell]:
+    if isinstance(part, list):
+        return list(part)
+    digest = hashlib.sha256(np.ascontiguousarray(part)).digest()
+    return [(digest, row) for row in range(len(part))]
+
+
+def _skip(parts: Sequence[Tokens | Embeddings], n: int) -> list[Tokens | Embeddings]:
+    """The parts without their first n positions."""
+    rest: list[Tokens | Embeddings] = []
+    for part in parts:
+        rest.append(part[n:])
+        n = max(0, n - len(part))
+    return rest
 
 
 def _check_open(sequence: TokenSequence) -> None:
@@ -323,7 +452,47 @@ def _new_sampler(options: GenerateOptions, n_vocab: int) -> Any:
     return chain
 
 
-def _load_model(path: Path, device: Device) -> Any:
+def _new_grammar(grammar: str, vocab: Any) -> Any:
+    take_log_error()
+    sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
+    if not sampler:
+        reason = take_log_error().strip() or "it must define root"
+        raise OptionError(f"the grammar cannot be used ({reason})")
+    return sampler
+
+
+# llama_token_data, as an array
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+
+def _apply(sampler: Any, candidates: npt.NDArray[Any]) -> Any:
+    array = llama_cpp.llama_token_data_array(
+        data=ctypes.cast(candidates.ctypes.data, llama_cpp.llama_token_data_p),
+        size=len(candidates),
+        selected=-1,
+        sorted=False,
+    )
+    llama_cpp.llama_sampler_apply(sampler, ctypes.byref(array))
+    return array
+
+
+def _select(sampler: Any, candidates: npt.NDArray[Any]) -> int:
+    array = _apply(sampler, candidates)
+    return int(array.data[array.selected].id)
+
+
+def _admits(grammar: Any, token: int) -> bool:
+    candidate = np.array([(token, 1.0, 0.0)], _CANDIDATE)
+    _apply(grammar, candidate)
+    return bool(np.isfinite(candidate["logit"][0]))
+
+
+def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max()
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
+
+
+def _load_model(path: Path, device: Device, n_gpu_layers: int | None) -> Any:
     file = inspect_text_file(os.fsencode(path))
     params = llama_cpp.llama_model_default_params()
     # Rearranged copies of the weights speed quantized models up. Float weights gain nothing from
@@ -332,7 +501,8 @@ def _load_model(path: Path, device: Device) -> Any:
     # A null-terminated list of devices; an empty one keeps everything on the CPU.
     handles = (ctypes.c_void_p * 2)(None if device.kind == "cpu" else device.handle, None)
     params.devices = ctypes.cast(handles, ctypes.c_void_p)
-    params.n_gpu_layers = 0 if device.kind == "cpu" else 999
+    layers = _ALL_LAYERS if n_gpu_layers is None else n_gpu_layers
+    params.n_gpu_layers = 0 if device.kind == "cpu" else layers
     take_log_error()
     model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     if not model:

@@ -6,21 +6,35 @@ image.py ------------- vision.py (native/) ---------- prompt.py, decoder.py
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from types import TracebackType
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from . import image as images
 from . import prompt as prompts
-from .decoder import TextDecoder
+from .cache import EmbeddingCache, file_sha256
+from .chat import Chat
+from .decoder import Embeddings, TextDecoder, Tokens
 from .device import select_device
 from .errors import ClosedError, ContextOverflowError, ModelFileError, OptionError
 from .image import ImageSource
 from .models import find_model
-from .values import Answer, FinishReason, GenerateOptions, ImageEmbedding, Timings
+from .paths import cache_dir
+from .values import Answer, FinishReason, GenerateOptions, ImageEmbedding, Timings, Turn
 from .vision import Vision
 
+Images: TypeAlias = "ImageSource | ImageEmbedding | Sequence[ImageSource | ImageEmbedding]"
+
+DEFAULT_MAX_TOKENS = 512
 MAX_THREADS = 512  # GGML_MAX_N_THREADS in ggml
 
 
@@ -28,15 +42,20 @@ class OmniVLM:
     """An OmniVLM model, loaded once, that answers questions about pictures.
 
     Args:
-        model: `demo`, a directory with the two files, or the text model's GGUF file.
+        model: `demo`, a published model's name, a directory with the two files, or the text model's
+            GGUF file (see `models.find_model`).
         mmproj: the vision file; found beside the text model when it is left out.
         variant: prompt variant, for files that name none (see `prompt.VARIANTS`).
         device: `auto`, `cpu`, `cuda`, `metal`, `vulkan` or a device name of ggml.
         n_ctx: positions in the context; at most what the model was trained for.
         n_threads: CPU threads; the cores that this process may use when left out.
+        n_gpu_layers: layers of the text model on the device; all when left out.
+        mmproj_offload: whether the vision path runs on the device too, or on the CPU.
+        disk_cache: whether encoded pictures are kept on disk for other processes too.
 
     Raises ModelFileError, DeviceError, OptionError. One object generates one answer at a time:
-    a second one raises BusyError until the first is finished or its iterator closed.
+    a second one, from another thread too, raises BusyError until the first is finished or its
+    iterator closed. A process that was forked off must make an object of its own.
     """
 
     def __init__(
@@ -48,83 +67,115 @@ class OmniVLM:
         device: str = "auto",
         n_ctx: int = 2048,
         n_threads: int | None = None,
+        n_gpu_layers: int | None = None,
+        mmproj_offload: bool = True,
+        disk_cache: bool = True,
     ) -> None:
         started = time.perf_counter()
+        _check_whole("n_ctx", n_ctx, 1)
+        threads = _available_cores() if n_threads is None else n_threads
+        _check_whole("n_threads", threads, 1, MAX_THREADS)
+        if n_gpu_layers is not None:
+            _check_whole("n_gpu_layers", n_gpu_layers, 0)
         files = find_model(model, mmproj, variant)
-        threads = _check_threads(n_threads)
         chosen = select_device(device)
+        vision_device = chosen if mmproj_offload else select_device("cpu")
 
-        self._vision: Vision | None = Vision(files.mmproj, chosen, threads)
+        self._vision: Vision | None = Vision(files.mmproj, vision_device, threads)
         hparams = self._vision.hparams
         self._variant = prompts.check_variant(
             files.variant
             if files.variant is not None
             else hparams.prompt_variant or prompts.default_variant(hparams.n_merge)
         )
-        self._decoder = TextDecoder(files.text, chosen, n_ctx=n_ctx, n_threads=threads)
+        self._decoder = TextDecoder(
+            files.text, chosen, n_ctx=n_ctx, n_threads=threads, n_gpu_layers=n_gpu_layers
+        )
         if self._decoder.n_embd != hparams.n_embd_text:
             raise ModelFileError(
                 f"{files.mmproj}: makes image tokens of {hparams.n_embd_text} values, but "
                 f"{files.text} takes {self._decoder.n_embd}: the two files are of different models"
             )
+        self._cache = EmbeddingCache(
+            (hparams.n_tokens, hparams.n_embd_text),
+            cache_dir() / "embeddings" if disk_cache else None,
+        )
+        self._cache_scope = b""  # what an embedding depends on besides the pixels
+        self._hashes = cache_dir() / "file-hashes.json" if disk_cache else None
         self.files = files
         self.device = chosen.name
+        self.vision_device = vision_device.name
         self.load_seconds = time.perf_counter() - started
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that every picture is resized to, in pixels."""
+        return self._open_vision().hparams.image_size
+
+    @property
+    def image_tokens(self) -> int:
+        """Positions that one picture takes."""
+        return self._open_vision().hparams.n_tokens
+
+    @property
+    def prompt_variant(self) -> str:
+        """Which of the original's prompt templates is used, see `prompt.VARIANTS`."""
+        return self._variant
 
     def encode(self, image: ImageSource) -> ImageEmbedding:
         """Encodes a picture once, for any number of questions.
 
+        A picture that was encoded before is found in memory, or on disk, by its resized pixels, the
+        vision file's content, the device and this package's version.
+
         Raises ImageError (see `image.load_image`), DeviceError, ClosedError.
         """
-        vision = self._vision
-        if vision is None:
-            raise ClosedError("the model was closed; make a new one")
+        vision = self._open_vision()
         started = time.perf_counter()
         hparams = vision.hparams
-        pixels = images.preprocess(
-            images.load_image(image), hparams.image_size, hparams.image_mean, hparams.image_std
-        )
+        pixels = images.resize(images.load_image(image).image, hparams.image_size)
         preprocessed = time.perf_counter()
-        data = vision.encode(pixels[None])[0]  # [n_tokens, n_embd_text]
+        key = self._cache_key(pixels)
+        found = self._cache.get(key)
+        if found is not None:
+            data, where = found
+            return ImageEmbedding(
+                data, preprocessed - started, time.perf_counter() - preprocessed, where
+            )
+        normalised = images.normalise(pixels, hparams.image_mean, hparams.image_std)
+        data = vision.encode(normalised[None])[0]  # [n_tokens, n_embd_text]
         data.flags.writeable = False
-        return ImageEmbedding(data, preprocessed - started, time.perf_counter() - preprocessed)
+        seconds = time.perf_counter() - preprocessed
+        self._cache.put(key, data)
+        return ImageEmbedding(data, preprocessed - started, seconds)
 
     def generate(
         self,
-        image: ImageSource | ImageEmbedding,
+        image: Images,
         prompt: str,
         options: GenerateOptions | None = None,
+        *,
+        system: str | None = None,
     ) -> Generator[str, None, Answer]:
         """Streams the answer's text; the generator's return value is the whole Answer.
+
+        `image` may be several pictures, as a list; `system` replaces the model's system text.
 
         Raises OptionError, ContextOverflowError and ClosedError at once, before any work;
         ImageError, BusyError and DeviceError when the iteration starts.
         """
-        options = options or GenerateOptions()
-        n_image = self._count_image_tokens(image)
-        template = prompts.build_prompt(prompt, self._variant)
-        before = self._decoder.tokenize(template.before, start=True)
-        after = self._decoder.tokenize(template.after)
-        n_prompt = len(before) + n_image + len(after)
-        if n_prompt + options.max_tokens > self._decoder.n_ctx:
-            n_ctx = self._decoder.n_ctx
-            more = ", lower max_tokens (-n) or raise n_ctx (-c)"
-            if n_ctx >= self._decoder.n_ctx_train:
-                more = " or lower max_tokens (-n); the model was trained for no more positions"
-            raise ContextOverflowError(
-                f"the prompt ({n_prompt} positions) and up to {options.max_tokens} new tokens do "
-                f"not fit into the context of {n_ctx}: shorten the prompt{more}"
-            )
-        return self._generate(image, before, after, options)
+        return self.generate_turn([Turn(prompt, _as_tuple(image))], options, system)
 
     def answer(
         self,
-        image: ImageSource | ImageEmbedding,
+        image: Images,
         prompt: str,
         options: GenerateOptions | None = None,
+        *,
+        system: str | None = None,
     ) -> Answer:
         """Generates a whole answer; arguments and errors as for `generate`."""
-        stream = self.generate(image, prompt, options)
+        stream = self.generate(image, prompt, options, system=system)
         while True:
             try:
                 next(stream)
@@ -132,12 +183,82 @@ class OmniVLM:
                 answer: Answer = finished.value
                 return answer
 
+    def generate_turn(
+        self,
+        turns: Sequence[Turn],
+        options: GenerateOptions | None = None,
+        system: str | None = None,
+    ) -> Generator[str, None, Answer]:
+        """Streams the answer to the last turn of a conversation; errors as for `generate`."""
+        options = GenerateOptions() if options is None else options
+        if not isinstance(options, GenerateOptions):
+            raise OptionError(f"options is {options!r}: it must be GenerateOptions")
+        started = time.perf_counter()
+        parts = self._tokenize(turns, system)
+        room = self._decoder.n_ctx - sum(map(self._count, parts))
+        if room < (options.max_tokens or 1):
+            raise ContextOverflowError(self._overflow(room, options.max_tokens))
+        max_tokens = options.max_tokens or min(DEFAULT_MAX_TOKENS, room)
+        return self._generate(parts, options, max_tokens, started)
+
+    def choose(
+        self, image: Images, prompt: str, choices: Sequence[str], *, system: str | None = None
+    ) -> dict[str, float]:
+        """The probability of each choice as the beginning of the answer, the likeliest first.
+
+        They add up to 1: what else the model might have said does not count. The spellings of a
+        choice (as given, lower case, capitalised) count together.
+
+        Raises as `answer`, and OptionError for fewer than two choices, equal or empty ones.
+        """
+        names = [choice.strip() for choice in choices if isinstance(choice, str)]
+        spellings = [_spellings(name) for name in names]
+        if (
+            len(set().union(*spellings)) != sum(map(len, spellings))
+            or len(names) < 2
+            or "" in names
+        ):
+            raise OptionError("choices must be two or more different words, such as yes,no")
+        parts = self._tokenize([Turn(prompt, _as_tuple(image))], system)
+        room = self._decoder.n_ctx - sum(map(self._count, parts))
+        tokens = [
+            [self._decoder.tokenize([prompts.Piece(text, special=False)]) for text in spelling]
+            for spelling in spellings
+        ]
+        longest = max(len(spelling) for choice in tokens for spelling in choice)
+        if room < longest:
+            raise ContextOverflowError(self._overflow(room, longest))
+        sequence = self._decoder.open(GenerateOptions())
+        try:
+            self._decoder.prefill(sequence, self._embed(parts)[0])
+            scores = [
+                math.log(sum(map(math.exp, self._decoder.score(sequence, choice))) or 5e-324)
+                for choice in tokens
+            ]
+        finally:
+            self._decoder.close_sequence(sequence)
+        weights = [math.exp(score - max(scores)) for score in scores]
+        chances = zip(names, (weight / sum(weights) for weight in weights), strict=True)
+        return dict(sorted(chances, key=lambda chance: -chance[1]))
+
+    def chat(self, *, system: str | None = None, history: bool | None = None) -> Chat:
+        """A conversation about any number of pictures.
+
+        `history` False answers each question on its own; left out, that is so for models that were
+        trained on single questions only, as their vision file or prompt variant says.
+        """
+        if history is None:
+            single = self._open_vision().hparams.single_turn
+            history = prompts.takes_questions(self._variant) and not single
+        return Chat(self, system=system, history=history)
+
     def close(self) -> None:
         """Frees both models. May be called again; later use raises ClosedError."""
         self._vision = None
         self._decoder.close()
 
     def __enter__(self) -> OmniVLM:
+        self._open_vision()
         return self
 
     def __exit__(
@@ -148,50 +269,108 @@ class OmniVLM:
     ) -> None:
         self.close()
 
-    def _count_image_tokens(self, image: ImageSource | ImageEmbedding) -> int:
-        vision = self._vision
-        if vision is None:
+    def _open_vision(self) -> Vision:
+        if self._vision is None:
             raise ClosedError("the model was closed; make a new one")
-        if isinstance(image, ImageEmbedding):
-            wanted = (vision.hparams.n_tokens, vision.hparams.n_embd_text)
-            if image.data.shape != wanted:
-                raise OptionError(
-                    f"the image embedding has the shape {list(image.data.shape)} instead of "
-                    f"{list(wanted)}: it was encoded by another model; encode it with this one"
-                )
-        return vision.hparams.n_tokens
+        return self._vision
+
+    def _cache_key(self, pixels: npt.NDArray[np.uint8]) -> str:
+        if not self._cache_scope:
+            mmproj = file_sha256(self.files.mmproj, self._hashes)
+            scope = (version("omnivlm-edge"), mmproj, self.vision_device)
+            self._cache_scope = "\n".join(scope).encode()
+        digest = hashlib.sha256(self._cache_scope)
+        digest.update(repr(pixels.shape).encode())
+        digest.update(pixels)
+        return digest.hexdigest()
+
+    def _tokenize(self, turns: Sequence[Turn], system: str | None) -> list[_Part]:
+        """The prompt of a conversation: tokens, and the pictures between them."""
+        n_tokens, n_embd = self.image_tokens, self._open_vision().hparams.n_embd_text
+        for turn in turns:
+            for text in (turn.question, system or ""):
+                if not isinstance(text, str):
+                    raise OptionError(f"a prompt must be text, not {type(text).__name__}")
+            for image in turn.images:
+                if isinstance(image, ImageEmbedding) and image.data.shape != (n_tokens, n_embd):
+                    raise OptionError(
+                        f"the image embedding has the shape {list(image.data.shape)} instead of "
+                        f"{[n_tokens, n_embd]}: it was encoded by another model; encode it with "
+                        "this one"
+                    )
+        pictures = (_Picture(image) for turn in turns for image in turn.images)
+        parts: list[_Part] = []
+        for part in prompts.build_prompt(turns, self._variant, system):
+            if part == prompts.IMAGE:
+                parts.append(next(pictures))
+            elif isinstance(part, prompts.Piece):
+                parts.append(self._decoder.tokenize([part], start=not parts))
+            else:
+                parts.append(list(part))
+        return parts
+
+    def _count(self, part: _Part) -> int:
+        return self.image_tokens if isinstance(part, _Picture) else len(part)
+
+    def _overflow(self, room: int, max_tokens: int | None) -> str:
+        n_ctx = self._decoder.n_ctx
+        advice = "shorten the prompt, lower max_tokens (-n) or raise n_ctx (-c)"
+        if n_ctx >= self._decoder.n_ctx_train:
+            advice = (
+                "shorten the prompt or lower max_tokens (-n); the model was trained for no more "
+                "positions"
+            )
+        return (
+            f"the prompt ({n_ctx - room} positions) and an answer of {max_tokens or 1} or more do "
+            f"not fit into the context of {n_ctx}: {advice}"
+        )
+
+    def _embed(
+        self, parts: Sequence[_Part]
+    ) -> tuple[list[Tokens | Embeddings], list[ImageEmbedding]]:
+        """The parts with every picture encoded, and the encoded pictures."""
+        embeddings: list[ImageEmbedding] = []
+        filled: list[Tokens | Embeddings] = []
+        for part in parts:
+            if isinstance(part, _Picture):
+                image = part.source
+                embedding = image if isinstance(image, ImageEmbedding) else self.encode(image)
+                embeddings.append(embedding)
+                filled.append(embedding.data)
+            else:
+                filled.append(part)
+        return filled, embeddings
 
     def _generate(
-        self,
-        image: ImageSource | ImageEmbedding,
-        before: list[int],
-        after: list[int],
-        options: GenerateOptions,
+        self, parts: Sequence[_Part], options: GenerateOptions, max_tokens: int, started: float
     ) -> Generator[str, None, Answer]:
         decoder = self._decoder
         sequence = decoder.open(options)
         try:
-            embedding = image if isinstance(image, ImageEmbedding) else self.encode(image)
-            started = time.perf_counter()
-            decoder.prefill(sequence, [before, embedding.data, after])
-            prefill_seconds = time.perf_counter() - started
+            filled, embeddings = self._embed(parts)
+            prefilling = time.perf_counter()
+            decoder.prefill(sequence, filled)
+            prefill_seconds = time.perf_counter() - prefilling
+            n_prompt = sequence.position
 
             text = ""
-            count = 0
-            decode_seconds = 0.0
+            tokens: list[int] = []
+            decode_seconds = first_token_seconds = 0.0
             finish_reason: FinishReason = "length"
             header = _HeaderFilter(decoder.special_token("<|im_start|>"))
-            while count < options.max_tokens:
-                started = time.perf_counter()
-                if count > 0:
+            while len(tokens) < max_tokens:
+                step_started = time.perf_counter()
+                if tokens:
                     decoder.decode([sequence])
                 token = decoder.sample(sequence)
                 piece = "" if sequence.at_end else header.feed(token, decoder.text(sequence))
-                decode_seconds += time.perf_counter() - started
+                now = time.perf_counter()
+                decode_seconds += now - step_started
+                first_token_seconds = first_token_seconds or now - started
                 if sequence.at_end:
                     finish_reason = "stop"
                     break
-                count += 1
+                tokens.append(token)
                 if piece:
                     text += piece
                     yield piece
@@ -202,19 +381,32 @@ class OmniVLM:
             return Answer(
                 text=text,
                 finish_reason=finish_reason,
-                prompt_tokens=len(before) + len(embedding.data) + len(after),
-                image_tokens=len(embedding.data),
-                completion_tokens=count,
+                prompt_tokens=n_prompt,
+                image_tokens=sum(len(embedding.data) for embedding in embeddings),
+                completion_tokens=len(tokens),
+                cached_tokens=sequence.n_cached,
                 timings=Timings(
                     load=self.load_seconds,
-                    preprocess=embedding.preprocess_seconds,
-                    encode=embedding.encode_seconds,
+                    preprocess=sum(embedding.preprocess_seconds for embedding in embeddings),
+                    encode=sum(embedding.encode_seconds for embedding in embeddings),
                     prefill=prefill_seconds,
                     decode=decode_seconds,
+                    first_token=first_token_seconds,
                 ),
+                tokens=tuple(tokens),
             )
         finally:
             decoder.close_sequence(sequence)
+
+
+@dataclass(frozen=True, eq=False)
+class _Picture:
+    """A picture's place in a prompt."""
+
+    source: ImageSource | ImageEmbedding
+
+
+_Part: TypeAlias = "Tokens | _Picture"
 
 
 class _HeaderFilter:
@@ -252,12 +444,17 @@ class _HeaderFilter:
         return held
 
 
-def _check_threads(n_threads: int | None) -> int:
-    if n_threads is None:
-        return _available_cores()
-    if not 1 <= n_threads <= MAX_THREADS:
-        raise OptionError(f"n_threads is {n_threads}: it must be from 1 to {MAX_THREADS}")
-    return n_threads
+def _as_tuple(image: Images) -> tuple[ImageSource | ImageEmbedding, ...]:
+    return tuple(image) if isinstance(image, list | tuple) else (image,)  # type: ignore[return-value]
+
+
+def _spellings(choice: str) -> set[str]:
+    return {choice, choice.lower(), choice[:1].upper() + choice[1:]}
+
+
+def _check_whole(name: str, value: object, least: int, most: int = 2**31 - 1) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise OptionError(f"{name} is {value!r}: it must be a whole number from {least} to {most}")
 
 
 def _available_cores() -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,8 @@ class Timings:
     """Wall-clock seconds per stage.
 
     `load` was spent once for the model, `preprocess` and `encode` once for the picture; an answer
-    about an `ImageEmbedding` repeats what that one had cost.
+    about an `ImageEmbedding` repeats what that one had cost. `first_token` is what this answer's
+    first token took, from the call on.
     """
 
     load: float = 0.0
@@ -43,56 +45,96 @@ class Timings:
     encode: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
+    first_token: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class ImageEmbedding:
-    """One encoded picture: float32 [n_tokens, n_embd], reusable for any number of questions."""
+    """One encoded picture: float32 [n_tokens, n_embd], reusable for any number of questions.
+
+    `cached` tells where it was found: nowhere (it was computed), in memory or on disk.
+    """
 
     data: npt.NDArray[np.float32]
     preprocess_seconds: float = 0.0
     encode_seconds: float = 0.0
+    cached: Literal["", "memory", "disk"] = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A question, the pictures that came with it, and its answer: text, or the tokens sampled.
+
+    A picture is an ImageEmbedding, or anything that `OmniVLM.encode` takes. The last turn of a
+    conversation has no answer yet.
+    """
+
+    question: str
+    images: tuple[Any, ...] = ()
+    answer: str | tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
     """How an answer is sampled. The defaults are greedy, as the original.
 
-    `temperature` 0 is greedy and makes every other sampling field but `repeat_penalty` idle;
-    `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 switch the respective filter off;
-    `seed` None draws a fresh one.
+    `max_tokens` None means 512, or what the context has room for. `temperature` 0 is greedy and
+    makes every other sampling field but `repeat_penalty` and `grammar` idle; `top_k` 0, `top_p` 1,
+    `min_p` 0 and `repeat_penalty` 1 switch the respective filter off; `seed` None draws a fresh
+    one. `grammar` (llama.cpp's GBNF; `json_schema_grammar` makes one) admits only answers that it
+    describes.
 
-    Raises OptionError for a value out of its range.
+    Raises OptionError for a value of a wrong type or out of its range.
     """
 
-    max_tokens: int = 512
+    max_tokens: int | None = None
     temperature: float = 0.0
     top_k: int = 40
     top_p: float = 0.95
     min_p: float = 0.05
     repeat_penalty: float = 1.0
     seed: int | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
-        ranges = [
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "a number from 0 (greedy)"),
-            ("top_k", self.top_k >= 0, "at least 0 (off)"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
-            ("repeat_penalty", 0 < self.repeat_penalty < math.inf, "a number above 0"),
-            ("seed", self.seed is None or 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
-        ]
-        for name, valid, wanted in ranges:
-            if not valid:
-                raise OptionError(f"{name} is {getattr(self, name)}: it must be {wanted}")
+        seeds = f"a whole number from 0 to {MAX_SEED}"
+        for name, valid, wanted in (
+            ("max_tokens", _optional(_whole(1)), "a whole number from 1"),
+            ("temperature", _number(lambda t: 0 <= t < math.inf), "a number from 0 (greedy)"),
+            ("top_k", _whole(0), "a whole number from 0 (off)"),
+            ("top_p", _number(lambda p: 0 < p <= 1), "a number above 0 and at most 1"),
+            ("min_p", _number(lambda p: 0 <= p < 1), "a number from 0 and below 1"),
+            ("repeat_penalty", _number(lambda r: 0 < r < math.inf), "a number above 0"),
+            ("seed", _optional(_whole(0, MAX_SEED)), seeds),
+            ("grammar", _optional(lambda value: isinstance(value, str)), "a text"),
+        ):
+            value = getattr(self, name)
+            if not valid(value):
+                raise OptionError(f"{name} is {value!r}: it must be {wanted}")
+
+
+_Check: TypeAlias = Callable[[Any], bool]
+
+
+def _whole(least: int, most: float = math.inf) -> _Check:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def _number(within: _Check) -> _Check:
+    return lambda value: type(value) in (int, float) and within(value)
+
+
+def _optional(check: _Check) -> _Check:
+    return lambda value: value is None or check(value)
 
 
 @dataclass(frozen=True)
 class Answer:
     """One finished answer.
 
-    `prompt_tokens` counts every position that was prefilled, `image_tokens` the picture's share.
+    `prompt_tokens` counts every position before the answer: `image_tokens` of them are pictures',
+    `cached_tokens` were still in the context from before and cost nothing. `tokens` are the
+    sampled ones, without the one that ended the answer.
     """
 
     text: str
@@ -100,4 +142,6 @@ class Answer:
     prompt_tokens: int
     image_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
     timings: Timings = field(default_factory=Timings)
+    tokens: tuple[int, ...] = field(default=(), repr=False)
