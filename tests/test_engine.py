@@ -233,12 +233,17 @@ def test_close_while_another_thread_answers(tiny_model: Path, picture: Image.Ima
         assert outcome[-1] in ("done", "closed")
 
 
-def test_overflow_is_refused_before_any_work(tiny_model: Path) -> None:
+def test_overflow_is_refused_before_any_work(tiny_model: Path, picture: Image.Image) -> None:
     with OmniVLM(tiny_model, device="cpu", n_ctx=256) as model:
-        with pytest.raises(ContextOverflowError, match="up to 512 new tokens do not fit"):
-            model.generate("there is no such picture.png", "What is it?")
+        wanted = GenerateOptions(max_tokens=512)
+        with pytest.raises(ContextOverflowError, match="an answer of 512 or more do not fit"):
+            model.generate("there is no such picture.png", "What is it?", wanted)
         with pytest.raises(ContextOverflowError, match="or raise n_ctx"):
             model.generate("there is no such picture.png", "many words " * 200, SHORT)
+    # Without a wish, an answer takes what room there is.
+    with OmniVLM(tiny_model, device="cpu", n_ctx=256) as model:
+        answer = model.answer(picture, "What is it?")
+        assert answer.prompt_tokens + answer.completion_tokens <= 256
     with (
         OmniVLM(tiny_model, device="cpu", n_ctx=10**6) as model,
         pytest.raises(ContextOverflowError, match="context of 4096: .* trained for no more"),

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from omnivlm_edge import GenerateOptions, ModelFiles, OmniVLM
+from omnivlm_edge import prompt as prompts
 from omnivlm_edge.convert import convert_checkpoint
 from omnivlm_edge.decoder import TextDecoder
 from omnivlm_edge.device import select_device
 from omnivlm_edge.image import ImageSource, load_image, normalise, resize
 from omnivlm_edge.models import find_model
-from omnivlm_edge.prompt import ANSWER_HEADER, Prompt, build_prompt
+from omnivlm_edge.prompt import ANSWER_HEADER, IMAGE, Part
+from omnivlm_edge.values import ImageEmbedding, Turn
 from omnivlm_edge.vision import Vision
 from tiny_checkpoint import Dims, write_checkpoint
 
@@ -40,8 +42,22 @@ def torch_reference():  # type: ignore[no-untyped-def]
     return torch_reference
 
 
-def whole_text(pieces: tuple) -> str:  # type: ignore[type-arg]
-    return "".join(piece.text for piece in pieces)
+class Prompt(NamedTuple):
+    """What stands before and after the picture."""
+
+    before: list[Part]
+    after: list[Part]
+
+
+def build_prompt(question: str, variant: str, header: str = ANSWER_HEADER) -> Prompt:
+    turn = Turn(question, (ImageEmbedding(np.zeros((1, 1), np.float32)),))
+    parts = prompts.build_prompt([turn], variant, header=header)
+    middle = parts.index(IMAGE)
+    return Prompt(parts[:middle], parts[middle + 1 :])
+
+
+def whole_text(pieces: list[Part]) -> str:
+    return "".join(piece.text for piece in pieces)  # type: ignore[union-attr]
 
 
 def preprocess(source: ImageSource, image_size: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .chat import Chat as Chat
     from .device import available_devices as available_devices
     from .engine import OmniVLM as OmniVLM
     from .errors import BusyError as BusyError
@@ -23,17 +24,20 @@ if TYPE_CHECKING:
     from .errors import ModelFileError as ModelFileError
     from .errors import OmniVLMError as OmniVLMError
     from .errors import OptionError as OptionError
+    from .grammar import json_schema_grammar as json_schema_grammar
     from .values import Answer as Answer
     from .values import GenerateOptions as GenerateOptions
     from .values import ImageEmbedding as ImageEmbedding
     from .values import ModelFiles as ModelFiles
     from .values import Timings as Timings
+    from .values import Turn as Turn
 
 # Every public name and where it lives; loaded at its first use, because llama.cpp takes a while
 # that `omnivlm-edge --help` need not spend.
 _HOME = {
     "Answer": "values",
     "BusyError": "errors",
+    "Chat": "chat",
     "ClosedError": "errors",
     "ContextOverflowError": "errors",
     "ConvertError": "errors",
@@ -47,7 +51,9 @@ _HOME = {
     "OmniVLMError": "errors",
     "OptionError": "errors",
     "Timings": "values",
+    "Turn": "values",
     "available_devices": "device",
+    "json_schema_grammar": "grammar",
 }
 
 __all__ = list(_HOME)

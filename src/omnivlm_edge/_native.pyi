@@ -74,6 +74,10 @@ class VisionHparams:
     def prompt_variant(self) -> str:
         """Empty when the file names none."""
 
+    @property
+    def single_turn(self) -> bool:
+        """Trained on conversations of one question only."""
+
 class TextFile:
     """What is known of a text model's file before it is loaded."""
 

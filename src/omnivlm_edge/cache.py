@@ -81,13 +81,13 @@ class EmbeddingCache:
 def file_sha256(path: Path, memo: Path | None) -> str:
     """The SHA-256 of a file, in hex; remembered in the file `memo` until size or time change."""
     stat = path.stat()
-    identity = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
-    known = _read_memo(memo)
-    if memo is not None and known.get(identity[0], [])[:-1] == identity[1:]:
-        return str(known[identity[0]][-1])
+    name, identity = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    *known, digest = _read_memo(memo).get(name, [""])
+    if known == identity:
+        return str(digest)
     digest = _sha256(path)
     if memo is not None:
-        entries = {**_read_memo(memo), identity[0]: [*identity[1:], digest]}
+        entries = {**_read_memo(memo), name: [*identity, digest]}
         entries = {name: entry for name, entry in entries.items() if Path(name).exists()}
         _write(memo, json.dumps(entries, indent=0).encode())
     return digest

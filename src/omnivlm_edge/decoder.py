@@ -397,7 +397,7 @@ class TextDecoder:
 def _cells_of(part: Tokens | Embeddings) -> list[Cell]:
     if isinstance(part, list):
         return list(part)
-    digest = hashlib.sha256(np.ascontiguousarray(part)).digest()
+    digest = hashlib.sha256(np.ascontiguousarray(part).data).digest()
     return [(digest, row) for row in range(len(part))]
 
 

@@ -211,14 +211,8 @@ class OmniVLM:
 
         Raises as `answer`, and OptionError for fewer than two choices, equal or empty ones.
         """
-        names = [choice.strip() for choice in choices if isinstance(choice, str)]
+        names = _check_choices(choices)
         spellings = [_spellings(name) for name in names]
-        if (
-            len(set().union(*spellings)) != sum(map(len, spellings))
-            or len(names) < 2
-            or "" in names
-        ):
-            raise OptionError("choices must be two or more different words, such as yes,no")
         parts = self._tokenize([Turn(prompt, _as_tuple(image))], system)
         room = self._decoder.n_ctx - sum(map(self._count, parts))
         tokens = [
@@ -281,7 +275,7 @@ class OmniVLM:
             self._cache_scope = "\n".join(scope).encode()
         digest = hashlib.sha256(self._cache_scope)
         digest.update(repr(pixels.shape).encode())
-        digest.update(pixels)
+        digest.update(pixels.data)
         return digest.hexdigest()
 
     def _tokenize(self, turns: Sequence[Turn], system: str | None) -> list[_Part]:
@@ -446,6 +440,14 @@ class _HeaderFilter:
 
 def _as_tuple(image: Images) -> tuple[ImageSource | ImageEmbedding, ...]:
     return tuple(image) if isinstance(image, list | tuple) else (image,)  # type: ignore[return-value]
+
+
+def _check_choices(choices: Sequence[str]) -> list[str]:
+    names = [choice.strip() for choice in choices if isinstance(choice, str)]
+    different = {name.lower() for name in names} - {""}
+    if len(different) < max(2, len(choices)):
+        raise OptionError("choices must be two or more different words, such as yes,no")
+    return names
 
 
 def _spellings(choice: str) -> set[str]:
