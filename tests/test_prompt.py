@@ -56,7 +56,7 @@ def test_several_pictures_and_turns() -> None:
     image = "<|vision_start|>|IMAGE|<|vision_end|>"
     turns = [
         Turn("What?", (PICTURE, PICTURE), "A duck."),
-        Turn("Sure?", (), (7, 8)),
+        Turn("Sure?", (), "Yes", (7, 8)),
         Turn("And here?", (PICTURE,)),
     ]
     assert whole(build_prompt(turns, "vlm-81-instruct")) == (
@@ -69,7 +69,7 @@ def test_several_pictures_and_turns() -> None:
 def test_a_turn_only_adds_to_the_prompt_before() -> None:
     """So that the context of the turn before can be kept."""
     first = build_prompt(one("What?"), "vlm-81-instruct")
-    both = build_prompt([Turn("What?", (PICTURE,), (7, 8)), Turn("Sure?")], "vlm-81-instruct")
+    both = build_prompt([Turn("What?", (PICTURE,), "Yes", (7, 8)), Turn("Sure?")], "vlm-81-instruct")
     assert both[: len(first)] == first
 
 

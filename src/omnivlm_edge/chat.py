@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from .image import ImageSource
 from .values import Answer, GenerateOptions, ImageEmbedding, Turn
+
+Images: TypeAlias = "ImageSource | ImageEmbedding | Sequence[ImageSource | ImageEmbedding]"
 
 
 class Model(Protocol):
@@ -29,7 +31,7 @@ class Chat:
 
     def __init__(self, model: Model, *, system: str | None, history: bool) -> None:
         self._model = model
-        self._new_images: tuple[ImageEmbedding, ...] = ()
+        self._waiting: tuple[ImageEmbedding, ...] = ()  # for the next question
         self.system = system
         self.history = history
         self.turns: list[Turn] = []
@@ -37,18 +39,23 @@ class Chat:
     @property
     def has_images(self) -> bool:
         """Whether the next question is about any picture."""
-        return bool(self._new_images or any(turn.images for turn in self.turns))
+        return bool(self._waiting or any(turn.images for turn in self.turns))
 
-    def add_image(self, image: ImageSource | ImageEmbedding) -> ImageEmbedding:
-        """Encodes a picture for the next question. Raises as `OmniVLM.encode`."""
-        embedding = image if isinstance(image, ImageEmbedding) else self._model.encode(image)
-        self._new_images += (embedding,)
-        return embedding
+    def add_images(self, *images: ImageSource | ImageEmbedding) -> None:
+        """Encodes pictures for the next question. Raises as `OmniVLM.encode`.
+
+        Without `history` they take the place of those that were waiting.
+        """
+        embeddings = tuple(
+            image if isinstance(image, ImageEmbedding) else self._model.encode(image)
+            for image in images
+        )
+        self._waiting = self._waiting + embeddings if self.history else embeddings
 
     def ask(
         self,
         question: str,
-        image: ImageSource | ImageEmbedding | None = None,
+        image: Images | None = None,
         options: GenerateOptions | None = None,
     ) -> Answer:
         """The whole answer; arguments and errors as for `stream`."""
@@ -63,45 +70,46 @@ class Chat:
     def stream(
         self,
         question: str,
-        image: ImageSource | ImageEmbedding | None = None,
+        image: Images | None = None,
         options: GenerateOptions | None = None,
     ) -> Generator[str, None, Answer]:
-        """Asks, with a new picture or not; yields text, returns the Answer.
+        """Asks, with a new picture (or a list of some) or none; yields text, returns the Answer.
 
         An answer that is broken off stays in the conversation as far as it came. Raises as
-        `OmniVLM.encode` and `OmniVLM.generate`; a question that fails leaves no trace.
+        `OmniVLM.encode` and `OmniVLM.generate`; a question that fails leaves no trace but its
+        pictures, which wait for the next one.
         """
         if image is not None:
-            self.add_image(image)
-        turn = Turn(question, self._new_images)
+            self.add_images(*(image if isinstance(image, list | tuple) else [image]))
         if self.history:
-            earlier = list(self.turns)
+            turn = Turn(question, self._waiting)
+            earlier = self.turns
         else:
+            turn = Turn(question, self._waiting or self._latest_images())
             earlier = []
-            turn = Turn(question, self._new_images or self._last_images())
         answering = self._model.generate_turn([*earlier, turn], options, self.system)
-        said: str | tuple[int, ...] | None = None  # none before the first word
-        text = ""
+        text: str | None = None
+        tokens: tuple[int, ...] = ()
         try:
             while True:
                 try:
                     piece = next(answering)
                 except StopIteration as finished:
                     answer: Answer = finished.value
-                    said = answer.tokens
+                    text, tokens = answer.text, answer.tokens
                     return answer
-                said = text = text + piece
+                text = (text or "") + piece
                 yield piece
         finally:
             answering.close()
-            if said is not None:
-                self.turns.append(Turn(question, turn.images, said))
-                self._new_images = ()
+            if text is not None:
+                self.turns.append(Turn(question, turn.images, text, tokens))
+                self._waiting = ()
 
     def clear(self) -> None:
         """Forgets questions, answers and pictures."""
         self.turns.clear()
-        self._new_images = ()
+        self._waiting = ()
 
-    def _last_images(self) -> tuple[ImageEmbedding, ...]:
+    def _latest_images(self) -> tuple[ImageEmbedding, ...]:
         return next((turn.images for turn in reversed(self.turns) if turn.images), ())

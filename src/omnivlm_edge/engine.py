@@ -13,6 +13,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
 
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from . import image as images
 from . import prompt as prompts
 from .cache import EmbeddingCache, file_sha256
-from .chat import Chat
+from .chat import Chat, Images
 from .decoder import Embeddings, TextDecoder, Tokens
 from .device import select_device
 from .errors import ClosedError, ContextOverflowError, ModelFileError, OptionError
@@ -31,8 +32,6 @@ from .models import find_model
 from .paths import cache_dir
 from .values import Answer, FinishReason, GenerateOptions, ImageEmbedding, Timings, Turn
 from .vision import Vision
-
-Images: TypeAlias = "ImageSource | ImageEmbedding | Sequence[ImageSource | ImageEmbedding]"
 
 DEFAULT_MAX_TOKENS = 512
 MAX_THREADS = 512  # GGML_MAX_N_THREADS in ggml
@@ -118,9 +117,15 @@ class OmniVLM:
         return self._open_vision().hparams.n_tokens
 
     @property
-    def prompt_variant(self) -> str:
-        """Which of the original's prompt templates is used, see `prompt.VARIANTS`."""
-        return self._variant
+    def takes_questions(self) -> bool:
+        """False for OCR models: they read a picture, whatever is asked."""
+        return prompts.takes_questions(self._variant)
+
+    def file_hashes(self) -> dict[Path, str]:
+        """The SHA-256 of both files, in hex. The first time it reads them whole."""
+        return {
+            path: file_sha256(path, self._hashes) for path in (self.files.text, self.files.mmproj)
+        }
 
     def encode(self, image: ImageSource) -> ImageEmbedding:
         """Encodes a picture once, for any number of questions.
@@ -133,21 +138,21 @@ class OmniVLM:
         vision = self._open_vision()
         started = time.perf_counter()
         hparams = vision.hparams
-        pixels = images.resize(images.load_image(image).image, hparams.image_size)
+        picture = images.load_image(image)
+        pixels = images.resize(picture.image, hparams.image_size)
         preprocessed = time.perf_counter()
         key = self._cache_key(pixels)
         found = self._cache.get(key)
         if found is not None:
             data, where = found
-            return ImageEmbedding(
-                data, preprocessed - started, time.perf_counter() - preprocessed, where
-            )
+            looked_up = time.perf_counter() - preprocessed
+            return ImageEmbedding(data, preprocessed - started, looked_up, picture.name, where)
         normalised = images.normalise(pixels, hparams.image_mean, hparams.image_std)
         data = vision.encode(normalised[None])[0]  # [n_tokens, n_embd_text]
         data.flags.writeable = False
         seconds = time.perf_counter() - preprocessed
         self._cache.put(key, data)
-        return ImageEmbedding(data, preprocessed - started, seconds)
+        return ImageEmbedding(data, preprocessed - started, seconds, picture.name)
 
     def generate(
         self,
@@ -242,8 +247,7 @@ class OmniVLM:
         trained on single questions only, as their vision file or prompt variant says.
         """
         if history is None:
-            single = self._open_vision().hparams.single_turn
-            history = prompts.takes_questions(self._variant) and not single
+            history = self.takes_questions and not self._open_vision().hparams.single_turn
         return Chat(self, system=system, history=history)
 
     def close(self) -> None:
@@ -388,6 +392,7 @@ class OmniVLM:
                     first_token=first_token_seconds,
                 ),
                 tokens=tuple(tokens),
+                images=tuple(embeddings),
             )
         finally:
             decoder.close_sequence(sequence)

@@ -71,7 +71,7 @@ def build_prompt(
 ) -> list[Part]:
     """The prompt of a conversation whose last turn is still to be answered.
 
-    Every picture is one `IMAGE`, in the order of the turns; answers given as token ids stay such.
+    Every picture is one `IMAGE`, in the order of the turns; answers known as token ids stay such.
     The OCR variant has no room for a question and ignores it.
 
     Raises OptionError where the variant has no room for the turns.
@@ -84,8 +84,7 @@ def build_prompt(
         images = _fill(_IMAGE) * len(turn.images)
         parts += _fill(template + header, images=images, question=[_text(turn.question)])
         if turn.answer is not None:
-            answer = _text(turn.answer) if isinstance(turn.answer, str) else turn.answer
-            parts += [answer, *_fill("<|im_end|>\n")]
+            parts += [turn.tokens or _text(turn.answer), *_fill("<|im_end|>\n")]
     return [part for part in parts if part and part != _text("")]
 
 

@@ -52,26 +52,30 @@ class Timings:
 class ImageEmbedding:
     """One encoded picture: float32 [n_tokens, n_embd], reusable for any number of questions.
 
-    `cached` tells where it was found: nowhere (it was computed), in memory or on disk.
+    `name` is the picture's, for people; `cached` tells where the embedding was found: nowhere (it
+    was computed), in memory or on disk.
     """
 
     data: npt.NDArray[np.float32]
     preprocess_seconds: float = 0.0
     encode_seconds: float = 0.0
+    name: str = "the picture"
     cached: Literal["", "memory", "disk"] = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """A question, the pictures that came with it, and its answer: text, or the tokens sampled.
+    """A question, the pictures that came with it, and its answer.
 
     A picture is an ImageEmbedding, or anything that `OmniVLM.encode` takes. The last turn of a
-    conversation has no answer yet.
+    conversation has no answer yet. `tokens`, where they are known, are what the answer was sampled
+    as: text alone may be tokenised in another way, and then be computed anew.
     """
 
     question: str
     images: tuple[Any, ...] = ()
-    answer: str | tuple[int, ...] | None = None
+    answer: str | None = None
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Answer:
 
     `prompt_tokens` counts every position before the answer: `image_tokens` of them are pictures',
     `cached_tokens` were still in the context from before and cost nothing. `tokens` are the
-    sampled ones, without the one that ended the answer.
+    sampled ones, without the one that ended the answer; `images` are the pictures of the prompt.
     """
 
     text: str
@@ -145,3 +149,4 @@ class Answer:
     cached_tokens: int = 0
     timings: Timings = field(default_factory=Timings)
     tokens: tuple[int, ...] = field(default=(), repr=False)
+    images: tuple[ImageEmbedding, ...] = field(default=(), repr=False)

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import OmniVLMError, OptionError
-from ..values import MAX_SEED, GenerateOptions, ImageEmbedding
-
-if TYPE_CHECKING:
-    from ..engine import OmniVLM
-    from ..image import Picture
+from ..errors import OptionError
+from ..values import MAX_SEED, GenerateOptions
+from .options import setting
+from .output import Output, describe
 
 DEFAULTS = GenerateOptions()
 
@@ -34,20 +28,15 @@ DEFAULTS = GenerateOptions()
     help="Picture to ask about: a path, a pattern, an http(s) address, a data: URI, - for standard "
     "input, or clipboard:. May be repeated.",
 )
-@click.option(
-    "--allow-private-urls", is_flag=True, help="Fetch pictures from private addresses as well."
-)
-@click.option("--show-image", is_flag=True, help="Say on stderr what the model sees of a picture.")
-@click.option("-p", "--prompt", help="Question; without it a prompt loop starts.")
-@click.option(
+@click.option("-p", "--prompt", help="Question; without it a chat starts.")
+@setting("-s", "--system", help="System text, instead of the model's own.")
+@setting(
     "-n",
     "--max-tokens",
     type=click.IntRange(min=1),
-    default=DEFAULTS.max_tokens,
-    show_default=True,
-    help="Longest answer, in tokens.",
+    help="Longest answer, in tokens.  [default: 512, or what fits]",
 )
-@click.option(
+@setting(
     "--temp",
     "--temperature",
     "temperature",
@@ -56,133 +45,174 @@ DEFAULTS = GenerateOptions()
     show_default=True,
     help="0 is greedy: the same answer every time.",
 )
-@click.option("--seed", type=click.IntRange(0, MAX_SEED), help="Makes a random answer repeatable.")
+@setting(
+    "--top-k",
+    type=click.IntRange(min=0),
+    default=DEFAULTS.top_k,
+    show_default=True,
+    help="Sample from the K likeliest tokens; 0: all.",
+)
+@setting(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=DEFAULTS.top_p,
+    show_default=True,
+    help="… from the likeliest that make up P together; 1: all.",
+)
+@setting(
+    "--min-p",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=DEFAULTS.min_p,
+    show_default=True,
+    help="… from those at least P times as likely as the first.",
+)
+@setting(
+    "--repeat-penalty",
+    type=click.FloatRange(min=0, min_open=True),
+    default=DEFAULTS.repeat_penalty,
+    show_default=True,
+    help="Above 1: repeat the last 64 tokens less.",
+)
+@setting("--seed", type=click.IntRange(0, MAX_SEED), help="Makes a random answer repeatable.")
 @click.option(
+    "--schema", metavar="FILE|JSON", help="Answer with JSON that this JSON schema admits."
+)
+@click.option(
+    "--grammar",
+    type=click.Path(path_type=Path),
+    help="Answer with a text that this GBNF grammar admits.",
+)
+@click.option(
+    "--choices", metavar="A,B…", help="Answer with the probability of each of these choices."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each answer.")
+@click.option("--stats", is_flag=True, help="Say on stderr what an answer took.")
+@click.option("--show-image", is_flag=True, help="Say on stderr what the model sees of a picture.")
+@setting(
     "-c",
     "--ctx-size",
     type=click.IntRange(min=1),
     default=2048,
     show_default=True,
-    help="Positions for prompt, picture and answer.",
+    help="Positions for prompt, pictures and answer.",
 )
-@click.option("-t", "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
-@click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda, metal, vulkan, …"
+@setting("-t", "--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: all cores]")
+@setting("--device", default="auto", show_default=True, help="auto, cpu, cuda, metal, vulkan, …")
+@setting(
+    "-ngl",
+    "--n-gpu-layers",
+    type=click.IntRange(min=0),
+    help="Layers of the text model on the GPU.  [default: all]",
 )
+@setting("--no-mmproj-offload", is_flag=True, help="Encode pictures on the CPU.")
+@setting("--no-cache", is_flag=True, help="Keep no encoded pictures on disk.")
+@setting("--allow-private-urls", is_flag=True, help="Fetch pictures from private addresses too.")
 def run(
     model: str,
     mmproj: Path | None,
     images: tuple[str, ...],
-    allow_private_urls: bool,
-    show_image: bool,
     prompt: str | None,
-    max_tokens: int,
+    system: str | None,
+    max_tokens: int | None,
     temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repeat_penalty: float,
     seed: int | None,
+    schema: str | None,
+    grammar: Path | None,
+    choices: str | None,
+    as_json: bool,
+    stats: bool,
+    show_image: bool,
     ctx_size: int,
     threads: int | None,
     device: str,
+    n_gpu_layers: int | None,
+    no_mmproj_offload: bool,
+    no_cache: bool,
+    allow_private_urls: bool,
 ) -> None:
-    """Ask MODEL about a picture.
+    """Ask MODEL about pictures.
 
     MODEL is `demo`, a directory that holds a text model and its mmproj, or the text model's GGUF
-    file. With no prompt a loop starts: a line that is the path of a picture loads it, any other
-    line asks about it; /bye or Ctrl-D leaves.
+    file. With -p, one question is answered: its pictures come first, in the order given. Without, a
+    chat starts; /help lists its commands.
     """
-    from ..engine import OmniVLM
-    from ..sources import read_sources
-
     if prompt is not None and not images:
         raise click.UsageError("a prompt needs a picture: add -i IMAGE")
     if images.count("-") > 1 or ("-" in images and prompt is None):
         raise click.UsageError("-i - can be given once, with -p: it takes all of standard input")
-    options = GenerateOptions(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    # Before the model: a bad picture fails at once.
+    if sum(option is not None for option in (schema, grammar, choices)) > 1:
+        raise click.UsageError("--schema, --grammar and --choices exclude each other")
+    if choices is not None and prompt is None:
+        raise click.UsageError("--choices answers one question: add -p PROMPT")
+
+    from ..sources import read_sources
+
+    # Before the model: what is wrong fails at once.
+    options = GenerateOptions(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        seed=seed,
+        grammar=_read_grammar(schema, grammar),
+    )
     pictures = [
         picture
         for image in images
         for picture in read_sources(image, allow_private=allow_private_urls)
     ]
-    if len(pictures) > 1:
-        raise OptionError(f"{len(pictures)} pictures are given: a question can have only one")
-    with OmniVLM(model, mmproj, device=device, n_ctx=ctx_size, n_threads=threads) as engine:
+
+    from ..engine import OmniVLM
+
+    with OmniVLM(
+        model,
+        mmproj,
+        device=device,
+        n_ctx=ctx_size,
+        n_threads=threads,
+        n_gpu_layers=n_gpu_layers,
+        mmproj_offload=not no_mmproj_offload,
+        disk_cache=not no_cache,
+    ) as engine:
+        output = Output(model, as_json, stats)
         if show_image:
             for picture in pictures:
-                _show(engine, picture)
-        if prompt is not None:
-            _print_answer(engine, pictures, prompt, options)
+                click.echo(describe(engine, picture), err=True)
+        if choices is not None and prompt is not None:
+            embeddings = [engine.encode(picture) for picture in pictures]
+            chances = engine.choose(embeddings, prompt, choices.split(","), system=system)
+            output.choices(engine, chances, embeddings)
+        elif prompt is not None:
+            output.answer(
+                engine, engine.generate(pictures, prompt, options, system=system), options
+            )
         else:
-            _loop(engine, engine.encode(pictures[0]) if pictures else None, options)
+            from .chat import ChatLoop
+
+            loop = ChatLoop(engine, output, options, system, allow_private=allow_private_urls)
+            loop.run(pictures)
 
 
-def _show(engine: OmniVLM, picture: Picture) -> None:
-    """One line about a picture and what the model sees of it."""
-    width, height = picture.original_size
-    turned = "turned upright (EXIF), " if picture.turned else ""
-    click.echo(
-        f"{picture.name}: {picture.format}, {width} x {height} pixels, {turned}"
-        f"seen as {engine.image_size} x {engine.image_size} in {engine.image_tokens} tokens",
-        err=True,
-    )
-
-
-def _print_answer(
-    engine: OmniVLM,
-    pictures: Sequence[Picture | ImageEmbedding],
-    prompt: str,
-    options: GenerateOptions,
-) -> None:
-    for piece in engine.generate(pictures[0], prompt, options):
-        click.echo(piece, nl=False)
-        sys.stdout.flush()
-    click.echo()
-
-
-def _loop(engine: OmniVLM, embedding: ImageEmbedding | None, options: GenerateOptions) -> None:
-    """The original's prompt loop: picture paths and questions, until /bye or the end of input."""
-    click.echo("Give the path of a picture, then ask about it. /bye or Ctrl-D leaves.", err=True)
-    for line in _lines():
-        if line in ("/bye", "/exit", "/quit"):
-            return
-        try:
-            path = _as_picture_path(line)
-            if path is not None:
-                embedding = engine.encode(path)
-            elif embedding is None:
-                click.echo("First give the path of a picture.", err=True)
-            else:
-                _print_answer(engine, [embedding], line, options)
-        except OmniVLMError as exc:
-            click.echo(f"Error: {exc}", err=True)
-
-
-def _lines() -> Iterator[str]:
-    """Non-empty lines from stdin, with a prompt on a terminal; stdout stays clean elsewhere."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  line editing and history for input()
-
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    while True:
-        try:
-            line = input(">>> " if interactive else "").strip()
-        except EOFError:
-            if interactive:
-                click.echo(err=True)
-            return
-        if line:
-            yield line
-
-
-def _as_picture_path(line: str) -> Path | None:
-    """The path that a line names, quoted or not; None when it is a question."""
-    text = line.strip("'\"").replace("\\ ", " ")
-    try:
-        path = Path(text).expanduser()
-        if path.is_file():
-            return path
-    except (OSError, RuntimeError, ValueError):  # too long for a path, no such user, a null byte
+def _read_grammar(schema: str | None, grammar: Path | None) -> str | None:
+    """The grammar that the options ask for, if they do."""
+    if grammar is not None:
+        return _read_text(grammar)
+    if schema is None:
         return None
-    from PIL import Image
+    from ..grammar import json_schema_grammar
 
-    looks_like_picture = path.suffix.lower() in Image.registered_extensions() and " " not in text
-    return path if looks_like_picture else None
+    is_json = schema.lstrip().startswith("{")
+    return json_schema_grammar(schema if is_json else _read_text(Path(schema)))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as exc:
+        raise OptionError(f"{path}: cannot be read ({getattr(exc, 'strerror', exc)})") from exc
