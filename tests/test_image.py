@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
 from omnivlm_edge import ImageError
-from omnivlm_edge.image import load_image, preprocess
+from omnivlm_edge.image import Picture, load_image, normalise, resize
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -22,10 +24,10 @@ def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes
     return buffer.getvalue()
 
 
-def solid(image: Image.Image) -> tuple[int, int, int]:
+def solid(picture: Picture) -> tuple[int, int, int]:
     """The colour of a picture of one colour."""
-    assert image.mode == "RGB"
-    colours = image.getcolors(maxcolors=1)
+    assert picture.image.mode == "RGB"
+    colours = picture.image.getcolors(maxcolors=1)
     assert colours is not None, "more than one colour"
     return colours[0][1]
 
@@ -41,8 +43,44 @@ def test_every_kind_of_source_gives_the_same_pixels(
     want = np.asarray(picture)
     with path.open("rb") as file:
         for source in (path, str(path), data, bytearray(data), io.BytesIO(data), file, picture):
-            assert np.array_equal(np.asarray(load_image(source)), want)
-    assert np.array_equal(np.asarray(load_image(want)), want)
+            loaded = load_image(source)
+            assert np.array_equal(np.asarray(loaded.image), want)
+            assert loaded.format == (None if source is picture else format)
+            assert load_image(loaded) is loaded
+    assert np.array_equal(np.asarray(load_image(want).image), want)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "AVIF", "HEIF"])
+def test_kinds_that_lose_a_little(picture: Image.Image, format: str) -> None:
+    loaded = load_image(heic(picture) if format == "HEIF" else encoded(picture, format, quality=95))
+    assert (loaded.format, loaded.original_size, loaded.turned) == (format, (130, 90), False)
+    difference = np.asarray(loaded.image, int) - np.asarray(picture, int)
+    assert np.abs(difference).mean() < 3
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"avif", b"mif1"])
+def test_heic_and_avif_without_a_library(monkeypatch: pytest.MonkeyPatch, brand: bytes) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # its import fails
+    monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind not in ("HEIF", "AVIF")])
+    with pytest.raises(ImageError, match=r'pip install "omnivlm-edge\[heif\]"'):
+        load_image(b"\0\0\0\x18ftyp" + brand + bytes(60))
+
+
+def test_a_film_is_no_picture() -> None:
+    with pytest.raises(ImageError, match="is not a picture of a kind"):
+        load_image(b"\0\0\0\x18ftypisom" + bytes(60))
+
+
+def test_what_messages_call_it(tmp_path: Path) -> None:
+    assert load_image(np.zeros((2, 2), np.uint8)).name == "the array"
+    assert load_image(np.zeros((2, 2), np.uint8), "frame 7").name == "frame 7"
+    long = tmp_path / ("a" * 200 + ".png")
+    with pytest.raises(ImageError) as caught:
+        load_image(long)
+    assert str(caught.value).startswith(str(long)[:40])
+    assert "…" in str(caught.value)
+    assert ".png: there is no such file" in str(caught.value)
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -61,7 +99,15 @@ def test_exif_orientation_is_applied(picture: Image.Image, orientation: int) -> 
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = load_image(encoded(stored, "PNG", exif=exif))
-    assert np.array_equal(np.asarray(upright), np.asarray(picture))
+    assert np.array_equal(np.asarray(upright.image), np.asarray(picture))
+    assert upright.original_size == stored.size
+    assert upright.turned == (orientation > 1)
+
+
+def heic(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(image).save(buffer, quality=95)
+    return buffer.getvalue()
 
 
 RED, HALF_RED = (255, 0, 0), (255, 127, 127)
@@ -77,6 +123,25 @@ def sixteen_bit_grey(value: int) -> bytes:
     return encoded(Image.fromarray(np.full((4, 4), value, np.uint16)), "PNG")
 
 
+def sixteen_bit_colour() -> bytes:
+    """A red PNG of 3 times 16 bits, which Pillow cannot write."""
+    row = b"\0" + struct.pack(">HHH", 0xFFFF, 0, 0) * 4
+    return png(struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0), row * 4)
+
+
+def png(header: bytes, rows: bytes) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        size, checksum = struct.pack(">I", len(body)), struct.pack(">I", zlib.crc32(kind + body))
+        return size + kind + body + checksum
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
 @pytest.mark.parametrize(
     ("data", "colour"),
     [
@@ -88,7 +153,9 @@ def sixteen_bit_grey(value: int) -> bytes:
         (encoded(Image.new("L", (4, 4), 77)), (77, 77, 77)),
         (encoded(Image.new("1", (4, 4), 1)), (255, 255, 255)),
         (encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF"), RED),
+        (encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG", quality=95), (254, 0, 0)),
         (encoded(Image.new("RGB", (4, 4), RED).quantize(2), "PNG"), RED),
+        (sixteen_bit_colour(), RED),
         (sixteen_bit_grey(0xFFFF), (255, 255, 255)),
         (sixteen_bit_grey(0x4D00), (77, 77, 77)),
     ],
@@ -101,7 +168,9 @@ def sixteen_bit_grey(value: int) -> bytes:
         "grey",
         "bilevel",
         "cmyk",
+        "cmyk jpeg",
         "indexed",
+        "16bit colour",
         "16bit",
         "16bit-77",
     ],
@@ -159,7 +228,7 @@ def test_not_a_picture(data: bytes) -> None:
         load_image(data)
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"])
 def test_cut_pictures_are_refused(format: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     data = encoded(Image.fromarray(noise), format)
@@ -169,26 +238,19 @@ def test_cut_pictures_are_refused(format: str) -> None:
 
 def test_damaged_pictures_never_raise_anything_else() -> None:
     rng = np.random.default_rng(0)
-    for format in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"):
+    for format in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"):
         valid = encoded(Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)), format)
         for _ in range(100):
             data = bytearray(valid)
             data[rng.integers(len(data))] = rng.integers(256)
             with contextlib.suppress(ImageError):
-                assert load_image(bytes(data)).mode == "RGB"
+                assert load_image(bytes(data)).image.mode == "RGB"
 
 
 def test_decompression_bomb() -> None:
     """A PNG that claims 50,000 x 50,000 pixels in a few bytes."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        size, checksum = struct.pack(">I", len(body)), struct.pack(">I", zlib.crc32(kind + body))
-        return size + kind + body + checksum
-
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99)))
     with pytest.raises(ImageError, match="too many pixels"):
-        load_image(data)
+        load_image(png(struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0), bytes(99)))
 
 
 def test_file_objects_that_give_no_bytes(tmp_path: Path) -> None:
@@ -216,12 +278,15 @@ def test_unknown_kind_of_source() -> None:
         load_image(3)  # type: ignore[arg-type]
 
 
-def test_preprocess_is_the_training_resize(picture: Image.Image) -> None:
+def test_resize_and_normalise_as_in_training(picture: Image.Image) -> None:
     mean, std = (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)
-    pixels = preprocess(picture, 27, mean, std)
+    resized = resize(picture, 27)
+    assert resized.dtype == np.uint8
+    pillows = np.asarray(picture.resize((27, 27), Image.Resampling.BICUBIC))
+    assert np.array_equal(resized, pillows)
+    pixels = normalise(resized, mean, std)
     assert pixels.shape == (3, 27, 27)
     assert pixels.dtype == np.float32
     assert pixels.flags.c_contiguous
-    resized = np.asarray(picture.resize((27, 27), Image.Resampling.BICUBIC), np.float64)
-    want = (resized / 255 - mean) / std
+    want = (pillows.astype(np.float64) / 255 - mean) / std
     np.testing.assert_allclose(pixels, want.transpose(2, 0, 1), atol=1e-6)

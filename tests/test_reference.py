@@ -15,7 +15,7 @@ from omnivlm_edge import GenerateOptions, ModelFiles, OmniVLM
 from omnivlm_edge.convert import convert_checkpoint
 from omnivlm_edge.decoder import TextDecoder
 from omnivlm_edge.device import select_device
-from omnivlm_edge.image import load_image, preprocess
+from omnivlm_edge.image import ImageSource, load_image, normalise, resize
 from omnivlm_edge.models import find_model
 from omnivlm_edge.prompt import ANSWER_HEADER, Prompt, build_prompt
 from omnivlm_edge.vision import Vision
@@ -42,6 +42,10 @@ def torch_reference():  # type: ignore[no-untyped-def]
 
 def whole_text(pieces: tuple) -> str:  # type: ignore[type-arg]
     return "".join(piece.text for piece in pieces)
+
+
+def preprocess(source: ImageSource, image_size: int) -> np.ndarray:
+    return normalise(resize(load_image(source).image, image_size), [0.5] * 3, [0.5] * 3)
 
 
 @contextmanager
@@ -94,7 +98,7 @@ def test_f32_gives_identical_tokens(
     llama.cpp's half-precision key-value cache moves logits (standard deviation 7.6) by up to 0.2,
     which may turn around two tokens that the reference itself holds for equal to within 0.01.
     """
-    pixels = preprocess(load_image(picture), image_size, [0.5] * 3, [0.5] * 3)
+    pixels = preprocess(picture, image_size)
     prompt = build_prompt("What is it? 这是什么？", "vlm-81-instruct")
     compared = 0
     for seed in range(6):
@@ -123,7 +127,7 @@ def test_logits_of_rounded_weights(
     dims = Dims(image_size=84, vision_layers=3, text_layers=3)
     write_checkpoint(checkpoint, dims=dims)
     files = convert_checkpoint(checkpoint, tmp_path / "model", outtype)
-    pixels = preprocess(load_image(picture), 84, [0.5] * 3, [0.5] * 3)
+    pixels = preprocess(picture, 84)
     prompt = build_prompt("What is it?", "vlm-81-instruct")
     reference = torch_reference().from_checkpoint(checkpoint)
     want = torch_logits(reference, checkpoint, pixels, prompt, 1)[0]
@@ -139,7 +143,7 @@ def test_preprocessing_is_siglips_own(picture: Image.Image) -> None:
         size={"height": 42, "width": 42}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     want = np.asarray(processor(images=picture, return_tensors="np")["pixel_values"])[0]
-    got = preprocess(load_image(picture), 42, [0.5] * 3, [0.5] * 3)
+    got = preprocess(picture, 42)
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -157,10 +161,7 @@ def test_prefilled_header_changes_no_answer(name: str) -> None:
     with OmniVLM("demo", device="cpu") as model:
         answer = model.answer(EXAMPLES / name, "Describe the image")
     with runtime(files) as (vision, decoder):
-        hparams = vision.hparams
-        pixels = preprocess(
-            load_image(EXAMPLES / name), hparams.image_size, hparams.image_mean, hparams.image_std
-        )
+        pixels = preprocess(EXAMPLES / name, vision.hparams.image_size)
         bare = build_prompt("Describe the image", "vlm-81-instruct", header="")
         before, after = decoder.tokenize(bare.before), decoder.tokenize(bare.after)
         logits = reference.logits(torch.from_numpy(pixels)[None], before, after, N_TOKENS)

@@ -35,6 +35,9 @@ class OmniVLM:
         n_ctx: positions in the context; at most what the model was trained for.
         n_threads: CPU threads; the cores that this process may use when left out.
 
+    `image_size` is the side in pixels of the square that the model sees of a picture, and
+    `image_tokens` the positions that this takes in the context.
+
     Raises ModelFileError, DeviceError, OptionError. One object generates one answer at a time:
     a second one raises BusyError until the first is finished or its iterator closed.
     """
@@ -69,6 +72,8 @@ class OmniVLM:
             )
         self.files = files
         self.device = chosen.name
+        self.image_size = hparams.image_size
+        self.image_tokens = hparams.n_tokens
         self.load_seconds = time.perf_counter() - started
 
     def encode(self, image: ImageSource) -> ImageEmbedding:
@@ -81,9 +86,8 @@ class OmniVLM:
             raise ClosedError("the model was closed; make a new one")
         started = time.perf_counter()
         hparams = vision.hparams
-        pixels = images.preprocess(
-            images.load_image(image), hparams.image_size, hparams.image_mean, hparams.image_std
-        )
+        resized = images.resize(images.load_image(image).image, hparams.image_size)
+        pixels = images.normalise(resized, hparams.image_mean, hparams.image_std)
         preprocessed = time.perf_counter()
         data = vision.encode(pixels[None])[0]  # [n_tokens, n_embd_text]
         data.flags.writeable = False

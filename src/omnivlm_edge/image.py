@@ -11,41 +11,81 @@ import os
 import threading
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .errors import ImageError
 
-ImageSource: TypeAlias = (
-    "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | npt.NDArray[np.uint8]"
+# How HEIC and AVIF files begin, from their fifth byte on (ISO/IEC 23008-12; MIAF; AVIF 1.1).
+_HEIF_BRANDS = frozenset(
+    b"ftyp" + brand
+    for brand in b"heic heix heim heis hevc hevx hevm hevs mif1 msf1 avif avis".split()
 )
 
 _warnings_lock = threading.Lock()  # the filters that catch_warnings restores are the process's
 
 
-def load_image(source: ImageSource) -> Image.Image:
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A decoded picture: `image` is RGB and upright, transparency on white.
+
+    `name` is what messages call it, `original_size` (width, height) as its file stores it, `format`
+    Pillow's name of the file's kind (None for pixels that came from no file), `turned` whether an
+    EXIF orientation was applied. A HEIC decoder turns the picture itself: its size is upright and
+    `turned` is false.
+    """
+
+    image: Image.Image
+    name: str
+    original_size: tuple[int, int]
+    format: str | None
+    turned: bool
+
+
+ImageSource: TypeAlias = (
+    "Picture | str | os.PathLike[str] | bytes | BinaryIO | Image.Image | npt.NDArray[np.uint8]"
+)
+
+
+def load_image(source: ImageSource, name: str | None = None) -> Picture:
     """Opens a picture as RGB: upright by its EXIF orientation, transparency on white, first frame.
 
-    `source` is a path, the bytes of an image file, a binary file object, a Pillow image, or a uint8
-    array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+    `source` is a path, the bytes of an image file, a binary file object, a Pillow image, a uint8
+    array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or a Picture, which is returned as it is.
+    `name` is what messages call it, if not by its path.
 
     Raises ImageError when the file is absent, is no picture, is damaged, or is so large that
     decoding it could exhaust the memory (Pillow's decompression-bomb limit).
     """
-    name, opened = _open(source)
+    if isinstance(source, Picture):
+        return source
+    name, opened = _open(source, name)
+    readable = True
     try:
-        # Between one and two times its limit Pillow only warns; such phone pictures are real.
-        with _warnings_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = opened if isinstance(opened, Image.Image) else Image.open(opened)
-        return _to_rgb(ImageOps.exif_transpose(image))
+        if isinstance(opened, Image.Image):
+            image = opened
+        else:
+            readable = not _is_heif(opened) or _register_heif()
+            # Pillow only warns between one and two times its pixel limit (such phone pictures are
+            # real), and about formats that it was built without, of which our error tells.
+            with _warnings_lock, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image = Image.open(opened)
+        turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+        upright = _to_rgb(ImageOps.exif_transpose(image))
+        return Picture(upright, name, image.size, image.format, turned)
     except Image.DecompressionBombError as exc:
         raise ImageError(f"{name}: has too many pixels to be decoded safely; shrink it") from exc
     except UnidentifiedImageError as exc:
+        if not readable:
+            raise ImageError(
+                f'{name}: is a HEIC or AVIF picture; to read it, pip install "omnivlm-edge[heif]"'
+            ) from exc
         raise ImageError(f"{name}: is not a picture of a kind that can be read here") from exc
     except MemoryError as exc:
         raise ImageError(f"{name}: does not fit into memory; shrink it") from exc
@@ -53,44 +93,70 @@ def load_image(source: ImageSource) -> Image.Image:
         raise ImageError(f"{name}: is damaged and cannot be decoded ({exc})") from exc
 
 
-def preprocess(
-    image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]
+def resize(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
+    """RGB image -> uint8 [size, size, 3], by Pillow's bicubic filter."""
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def normalise(
+    pixels: npt.NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]
 ) -> npt.NDArray[np.float32]:
-    """RGB image -> float32 [3, size, size]: Pillow bicubic, then (x / 255 - mean) / std."""
-    resized = image.resize((size, size), Image.Resampling.BICUBIC)
-    scaled = np.asarray(resized, np.float32) / 255  # [size, size, 3]
+    """uint8 [size, size, 3] -> float32 [3, size, size]: (x / 255 - mean) / std."""
+    scaled = pixels.astype(np.float32) / 255
     normalised = (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return np.ascontiguousarray(normalised.transpose(2, 0, 1), np.float32)
 
 
-def _open(source: ImageSource) -> tuple[str, Image.Image | BinaryIO]:
+def shorten(name: str) -> str:
+    """A path or an address as messages show it: of a long one its beginning and its end."""
+    return name if len(name) <= 100 else f"{name[:60]}…{name[-39:]}"
+
+
+def _open(source: ImageSource, name: str | None) -> tuple[str, Image.Image | BinaryIO]:
     """A name for messages and what Pillow shall open."""
     if isinstance(source, Image.Image):
-        return "the image", source
+        return name or "the image", source
     if isinstance(source, np.ndarray):
-        return "the array", _from_array(source)
+        return name or "the array", _from_array(source)
     if isinstance(source, bytes | bytearray | memoryview):
-        return "the image data", io.BytesIO(source)
+        return name or "the image data", io.BytesIO(source)
     if isinstance(source, str | os.PathLike):
-        return str(source), _read_file(Path(source))
+        name = name or shorten(str(source))
+        return name, _read_file(Path(source), name)
     if hasattr(source, "read"):
-        return str(getattr(source, "name", "the file object")), _read_object(source)
+        return name or str(getattr(source, "name", "the file object")), _read_object(source)
     raise ImageError(
         f"a picture cannot be made from {type(source).__name__}: "
         "give a path, bytes, a file object, a Pillow image or a uint8 array"
     )
 
 
-def _read_file(path: Path) -> BinaryIO:
+def _is_heif(file: BinaryIO) -> bool:
+    beginning = file.read(12)
+    file.seek(0)
+    return beginning[4:] in _HEIF_BRANDS
+
+
+def _register_heif() -> bool:
+    """Teaches Pillow to read HEIC, if the `heif` extra is installed; AVIF it knows by itself."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _read_file(path: Path, name: str) -> BinaryIO:
     try:
         if path.exists() and not path.is_file():
-            raise ImageError(f"{path}: is not a file; give the path of a picture")
+            raise ImageError(f"{name}: is not a file; give the path of a picture")
         return io.BytesIO(path.read_bytes())
     except FileNotFoundError as exc:
-        raise ImageError(f"{path}: there is no such file; check the picture's path") from exc
+        raise ImageError(f"{name}: there is no such file; check the picture's path") from exc
     except (OSError, ValueError) as exc:
         reason = getattr(exc, "strerror", None) or exc
-        raise ImageError(f"{path}: cannot be read ({reason})") from exc
+        raise ImageError(f"{name}: cannot be read ({reason})") from exc
 
 
 def _read_object(source: BinaryIO) -> BinaryIO:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import OmniVLMError
+from ..errors import OmniVLMError, OptionError
 from ..values import MAX_SEED, GenerateOptions, ImageEmbedding
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ..engine import OmniVLM
+    from ..image import Picture
 
 DEFAULTS = GenerateOptions()
 
@@ -26,7 +25,19 @@ DEFAULTS = GenerateOptions()
 @click.option(
     "--mmproj", type=click.Path(path_type=Path), help="Vision file (GGUF), if not beside MODEL."
 )
-@click.option("-i", "--image", type=click.Path(path_type=Path), help="Picture to ask about.")
+@click.option(
+    "-i",
+    "--image",
+    "images",
+    metavar="IMAGE",
+    multiple=True,
+    help="Picture to ask about: a path, a pattern, an http(s) address, a data: URI, - for standard "
+    "input, or clipboard:. May be repeated.",
+)
+@click.option(
+    "--allow-private-urls", is_flag=True, help="Fetch pictures from private addresses as well."
+)
+@click.option("--show-image", is_flag=True, help="Say on stderr what the model sees of a picture.")
 @click.option("-p", "--prompt", help="Question; without it a prompt loop starts.")
 @click.option(
     "-n",
@@ -61,7 +72,9 @@ DEFAULTS = GenerateOptions()
 def run(
     model: str,
     mmproj: Path | None,
-    image: Path | None,
+    images: tuple[str, ...],
+    allow_private_urls: bool,
+    show_image: bool,
     prompt: str | None,
     max_tokens: int,
     temperature: float,
@@ -77,23 +90,49 @@ def run(
     line asks about it; /bye or Ctrl-D leaves.
     """
     from ..engine import OmniVLM
-    from ..image import load_image
+    from ..sources import read_sources
 
-    if prompt is not None and image is None:
+    if prompt is not None and not images:
         raise click.UsageError("a prompt needs a picture: add -i IMAGE")
+    if images.count("-") > 1 or ("-" in images and prompt is None):
+        raise click.UsageError("-i - can be given once, with -p: it takes all of standard input")
     options = GenerateOptions(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    picture = load_image(image) if image is not None else None  # a bad path fails before the load
+    # Before the model: a bad picture fails at once.
+    pictures = [
+        picture
+        for image in images
+        for picture in read_sources(image, allow_private=allow_private_urls)
+    ]
+    if len(pictures) > 1:
+        raise OptionError(f"{len(pictures)} pictures are given: a question can have only one")
     with OmniVLM(model, mmproj, device=device, n_ctx=ctx_size, n_threads=threads) as engine:
-        if prompt is not None and picture is not None:
-            _print_answer(engine, picture, prompt, options)
+        if show_image:
+            for picture in pictures:
+                _show(engine, picture)
+        if prompt is not None:
+            _print_answer(engine, pictures, prompt, options)
         else:
-            _loop(engine, engine.encode(picture) if picture is not None else None, options)
+            _loop(engine, engine.encode(pictures[0]) if pictures else None, options)
+
+
+def _show(engine: OmniVLM, picture: Picture) -> None:
+    """One line about a picture and what the model sees of it."""
+    width, height = picture.original_size
+    turned = "turned upright (EXIF), " if picture.turned else ""
+    click.echo(
+        f"{picture.name}: {picture.format}, {width} x {height} pixels, {turned}"
+        f"seen as {engine.image_size} x {engine.image_size} in {engine.image_tokens} tokens",
+        err=True,
+    )
 
 
 def _print_answer(
-    engine: OmniVLM, picture: Image.Image | ImageEmbedding, prompt: str, options: GenerateOptions
+    engine: OmniVLM,
+    pictures: Sequence[Picture | ImageEmbedding],
+    prompt: str,
+    options: GenerateOptions,
 ) -> None:
-    for piece in engine.generate(picture, prompt, options):
+    for piece in engine.generate(pictures[0], prompt, options):
         click.echo(piece, nl=False)
         sys.stdout.flush()
     click.echo()
@@ -112,7 +151,7 @@ def _loop(engine: OmniVLM, embedding: ImageEmbedding | None, options: GenerateOp
             elif embedding is None:
                 click.echo("First give the path of a picture.", err=True)
             else:
-                _print_answer(engine, embedding, line, options)
+                _print_answer(engine, [embedding], line, options)
         except OmniVLMError as exc:
             click.echo(f"Error: {exc}", err=True)
 
