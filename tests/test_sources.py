@@ -18,21 +18,17 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import trustme
-from PIL import Image, ImageGrab
+from PIL import Image, ImageGrab, UnidentifiedImageError
 
 from omnivlm_edge import ImageError, sources
 from omnivlm_edge.sources import decode_data_uri, fetch_url, read_sources
 
 
-def png_of(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 @pytest.fixture
 def png(picture: Image.Image) -> bytes:
-    return png_of(picture)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -455,7 +451,8 @@ def test_clipboard(
         (["none.png"], "none.png: there is no such file"),
         (NotImplementedError("xclip is required"), "install xclip .*wl-paste"),
         (ChildProcessError("xclip error: Can't open display"), "cannot be read .*display"),
-        (OSError("cannot identify image file"), "cannot be read"),
+        (UnidentifiedImageError("cannot identify"), "the clipboard holds no picture"),
+        (SyntaxError("broken PNG file"), "cannot be read .*broken"),
     ],
     ids=str,
 )
