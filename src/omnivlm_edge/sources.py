@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
-import contextlib
 import glob
 import http.client
 import io
@@ -90,9 +89,8 @@ def fetch_url(
     deadline = time.monotonic() + MAX_SECONDS
     try:
         for _ in range(MAX_REDIRECTS + 1):
-            with contextlib.ExitStack() as opened:
-                connection, sock = _connect(url, name, deadline, allow_private, resolve)
-                opened.callback(sock.close)
+            connection, sock = _connect(url, name, deadline, allow_private, resolve)
+            with sock:
                 response = _request(connection, sock, url, deadline)
                 location = response.headers["Location"]
                 if response.status in (301, 302, 303, 307, 308) and location:
