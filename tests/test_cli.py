@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -96,9 +98,67 @@ def test_prompt_loop_on_a_terminal(tiny_model: Path, image: Path) -> None:
     assert terminal.exitstatus == 0
 
 
+def test_picture_from_standard_input_data_uri_and_pattern(tiny_model: Path, image: Path) -> None:
+    ask = [*COMMAND, "run", str(tiny_model), "-p", "What is it?", "-n", "6"]
+    want = run("run", tiny_model, "-i", image, "-p", "What is it?", "-n", 6).stdout
+    assert want
+    data = image.read_bytes()
+    uri = "data:image/png;base64," + base64.b64encode(data).decode()
+    for source in ("-", uri, str(image.parent / "my*.png")):
+        result = subprocess.run([*ask, "-i", source], input=data, capture_output=True, timeout=60)
+        assert result.stderr == b""
+        assert result.stdout.decode() == want
+
+
+def test_show_image(tiny_model: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.jpg"
+    Image.new("RGB", (40, 30), "red").save(path, exif=exif)
+    arguments = ("run", tiny_model, "-i", path, "-p", "What is it?", "-n", 3)
+    shown = run(*arguments, "--show-image")
+    assert shown.returncode == 0
+    assert shown.stdout == run(*arguments).stdout
+    assert shown.stderr == (
+        f"{path}: JPEG, 40 x 30 pixels, turned upright (EXIF), seen as 84 x 84 in 4 tokens\n"
+    )
+
+
+def test_private_address_only_if_allowed(tiny_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/a.png"
+    refused = run("run", tiny_model, "-i", url, "-p", "?")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "leads to the private address 127.0.0.1" in refused.stderr
+    tried = run("run", tiny_model, "-i", url, "-p", "?", "--allow-private-urls")
+    assert tried.returncode == 1
+    assert "cannot be reached" in tried.stderr
+
+
+def test_standard_input_that_is_a_terminal(tiny_model: Path) -> None:
+    arguments = [*COMMAND[1:], "run", str(tiny_model), "-i", "-", "-p", "?"]
+    with pexpect.spawn(COMMAND[0], arguments) as terminal:
+        terminal.expect_exact("standard input is a terminal", timeout=60)
+        terminal.expect(pexpect.EOF, timeout=60)
+    assert terminal.exitstatus == 1
+
+
 FAILURES = {
     "no such model": (["run", "none", "-i", "{image}", "-p", "?"], 1, "'none': there is no such"),
     "no such picture": (["run", "{model}", "-i", "x.png", "-p", "?"], 1, "x.png: there is no such"),
+    "picture before model": (["run", "none", "-i", "x.png", "-p", "?"], 1, "x.png: there is no"),
+    "empty picture": (["run", "{model}", "-i", "", "-p", "?"], 1, "a picture's name is empty"),
+    "no match": (["run", "{model}", "-i", "x*.png", "-p", "?"], 1, "nor one that matches"),
+    "no address": (["run", "{model}", "-i", "http://", "-p", "?"], 1, "not a valid address"),
+    "empty stdin": (["run", "{model}", "-i", "-", "-p", "?"], 1, "standard input is empty"),
+    "stdin twice": (["run", "{model}", "-i", "-", "-i", "-", "-p", "?"], 2, "can be given once"),
+    "stdin and loop": (["run", "{model}", "-i", "-"], 2, "can be given once, with -p"),
+    "two pictures": (
+        ["run", "{model}", "-i", "{image}", "-i", "{image}", "-p", "?"],
+        1,
+        "2 pictures are given: a question can have only one",
+    ),
+    "one of two": (["run", "{model}", "-i", "{image}", "-i", "x.png"], 1, "x.png: there is no"),
     "not a picture": (["run", "{model}", "-i", "{text}", "-p", "?"], 1, "is not a picture"),
     "text as model": (["run", "{text}", "-i", "{image}", "-p", "?"], 1, "not a GGUF file"),
     "no device": (["run", "{model}", "-i", "{image}", "-p", "?", "--device", "x"], 1, "device 'x'"),
@@ -219,5 +279,13 @@ def test_help_and_version() -> None:
     assert re.fullmatch(r"omnivlm-edge, version \d+\.\d+\.\d+\n", run("--version").stdout)
     result = run("run", "--help")
     assert result.returncode == 0
-    for option in ("--mmproj", "--image", "--prompt", "--max-tokens", "--temp", "--seed"):
+    for option in (
+        "--mmproj",
+        "--image",
+        "--show-image",
+        "--prompt",
+        "--max-tokens",
+        "--temp",
+        "--seed",
+    ):
         assert option in result.stdout

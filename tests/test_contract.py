@@ -37,10 +37,11 @@ ALLOWED = {
     "decoder": {"_native", "errors", "prompt", "values"},
     "paths": set(),
     "cache": set(),
+    "memory": set(),
     "grammar": {"errors"},
     "chat": {"image", "values"},
     "engine": STAGES | {"cache", "chat", "errors", "paths", "values"},
-    "cli": {"engine", "convert", "image", "sources", "errors", "values"},
+    "cli": {"convert", "engine", "errors", "grammar", "image", "memory", "paths", "sources", "values"},
     "__init__": {"engine", "chat", "device", "grammar", "errors", "values"},
     "__main__": {"cli"},
 }

@@ -104,9 +104,21 @@ def test_exif_orientation_is_applied(picture: Image.Image, orientation: int) -> 
     assert upright.turned == (orientation > 1)
 
 
-def heic(image: Image.Image) -> bytes:
+def test_heic_is_turned_by_its_decoder(picture: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the encoder writes it as HEIC's own rotation too, as phones do
+    upright = load_image(heic(picture.transpose(Image.Transpose.ROTATE_90), exif=exif.tobytes()))
+    assert (upright.image.size, upright.original_size) == (picture.size, picture.size)
+    assert not upright.turned
+    difference = np.asarray(upright.image, int) - np.asarray(picture, int)
+    assert np.abs(difference).mean() < 3
+
+
+def heic(image: Image.Image, **info: object) -> bytes:
+    file = pillow_heif.from_pillow(image)
+    file.info.update(info)
     buffer = io.BytesIO()
-    pillow_heif.from_pillow(image).save(buffer, quality=95)
+    file.save(buffer, quality=95)
     return buffer.getvalue()
 
 

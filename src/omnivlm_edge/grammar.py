@@ -27,6 +27,6 @@ def json_schema_grammar(schema: str | Mapping[str, Any]) -> str:
     if not isinstance(schema, Mapping):
         raise OptionError('the JSON schema must be an object: {"type": …}')
     try:
-        return json_schema_to_gbnf(json.dumps(schema))
+        return str(json_schema_to_gbnf(json.dumps(schema)))
     except Exception as exc:  # the converter raises whatever a wrong schema leads it to
         raise OptionError(f"the JSON schema cannot be used ({exc or type(exc).__name__})") from exc

@@ -47,9 +47,10 @@ class Picture:
     turned: bool
 
 
-ImageSource: TypeAlias = (
-    "Picture | str | os.PathLike[str] | bytes | BinaryIO | Image.Image | npt.NDArray[np.uint8]"
+_Undecoded: TypeAlias = (
+    "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | npt.NDArray[np.uint8]"
 )
+ImageSource: TypeAlias = "Picture | _Undecoded"
 
 
 def load_image(source: ImageSource, name: str | None = None) -> Picture:
@@ -112,7 +113,7 @@ def shorten(name: str) -> str:
     return name if len(name) <= 100 else f"{name[:60]}…{name[-39:]}"
 
 
-def _open(source: ImageSource, name: str | None) -> tuple[str, Image.Image | BinaryIO]:
+def _open(source: _Undecoded, name: str | None) -> tuple[str, Image.Image | BinaryIO]:
     """A name for messages and what Pillow shall open."""
     if isinstance(source, Image.Image):
         return name or "the image", source

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
-import contextlib
 import glob
 import http.client
 import io
@@ -90,9 +89,8 @@ def fetch_url(
     deadline = time.monotonic() + MAX_SECONDS
     try:
         for _ in range(MAX_REDIRECTS + 1):
-            with contextlib.ExitStack() as opened:
-                connection, sock = _connect(url, name, deadline, allow_private, resolve)
-                opened.callback(sock.close)
+            connection, sock = _connect(url, name, deadline, allow_private, resolve)
+            with sock:
                 response = _request(connection, sock, url, deadline)
                 location = response.headers["Location"]
                 if response.status in (301, 302, 303, 307, 308) and location:
@@ -276,15 +274,18 @@ def _read_stdin() -> bytes:
 
 def _read_clipboard() -> list[Picture]:
     """The picture in the clipboard, or the files that were copied there."""
-    from PIL import ImageGrab
+    from PIL import ImageGrab, UnidentifiedImageError
 
+    content = None
     try:
         content = ImageGrab.grabclipboard()
+    except UnidentifiedImageError:  # xclip gives text when it is asked for a picture
+        pass
     except NotImplementedError as exc:  # Linux has several clipboards and no one door to them
         raise ImageError(
             "the clipboard cannot be read: install xclip (X11) or wl-clipboard (Wayland: wl-paste)"
         ) from exc
-    except Exception as exc:  # a failing tool, no display, or data that is no picture
+    except Exception as exc:  # a failing tool, no display, a damaged picture
         raise ImageError(f"the clipboard cannot be read ({exc})") from exc
     if not content:
         raise ImageError("the clipboard holds no picture: copy one first")
