@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,14 +18,10 @@ import pexpect
 import pytest
 from PIL import Image
 
+from command import COMMAND, run
 from tiny_checkpoint import write_checkpoint
 
-COMMAND = [sys.executable, "-m", "omnivlm_edge"]
-
-
-def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60)
+CUT = "(cut off after {} tokens: see -n)\n"
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def test_the_answer_alone_on_stdout(tiny_model: Path, image: Path) -> None:
     arguments = ("run", tiny_model, "-i", image, "-p", "What is it?", "-n", 8, "--device", "cpu")
     first, second = run(*arguments), run(*arguments)
     assert first.returncode == 0
-    assert first.stderr == ""
+    assert first.stderr == CUT.format(8)
     assert first.stdout.strip()
     assert first.stdout == second.stdout
 
@@ -59,45 +58,6 @@ def test_explicit_files(tiny_model: Path, image: Path) -> None:
     assert both.stdout == run("run", tiny_model, *options).stdout
 
 
-def test_prompt_loop(tiny_model: Path, image: Path) -> None:
-    lines = f"What is it?\n\n{image}\nWhat is it?\n'{image}'\nHow many?\nnone.png\n/bye\nunread\n"
-    result = run("run", tiny_model, "-n", 6, stdin=lines)
-    assert result.returncode == 0
-    assert "First give the path of a picture." in result.stderr
-    assert "none.png: there is no such file" in result.stderr
-    direct = [
-        run("run", tiny_model, "-i", image, "-n", 6, "-p", question).stdout
-        for question in ("What is it?", "How many?")
-    ]
-    assert result.stdout == "".join(direct)
-
-
-def test_prompt_loop_with_a_picture_given(tiny_model: Path, image: Path) -> None:
-    result = run("run", tiny_model, "-n", 6, "-i", image, stdin="What is it?")
-    assert result.returncode == 0
-    assert result.stdout == run("run", tiny_model, "-i", image, "-n", 6, "-p", "What is it?").stdout
-
-
-def test_prompt_loop_survives_a_wrong_picture(tiny_model: Path, tmp_path: Path) -> None:
-    text = tmp_path / "notes.txt"
-    text.write_text("no picture")
-    result = run("run", tiny_model, stdin=f"{text}\n")
-    assert result.returncode == 0
-    assert "notes.txt: is not a picture" in result.stderr
-
-
-def test_prompt_loop_on_a_terminal(tiny_model: Path, image: Path) -> None:
-    with pexpect.spawn(COMMAND[0], [*COMMAND[1:], "run", str(tiny_model), "-n", "4"]) as terminal:
-        terminal.expect_exact(">>> ", timeout=60)
-        terminal.sendline(str(image))
-        terminal.expect_exact(">>> ", timeout=60)
-        terminal.sendline("What is it?")
-        terminal.expect_exact(">>> ", timeout=60)
-        terminal.sendline("/bye")
-        terminal.expect(pexpect.EOF, timeout=60)
-    assert terminal.exitstatus == 0
-
-
 def test_picture_from_standard_input_data_uri_and_pattern(tiny_model: Path, image: Path) -> None:
     ask = [*COMMAND, "run", str(tiny_model), "-p", "What is it?", "-n", "6"]
     want = run("run", tiny_model, "-i", image, "-p", "What is it?", "-n", 6).stdout
@@ -106,7 +66,7 @@ def test_picture_from_standard_input_data_uri_and_pattern(tiny_model: Path, imag
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
     for source in ("-", uri, str(image.parent / "my*.png")):
         result = subprocess.run([*ask, "-i", source], input=data, capture_output=True, timeout=60)
-        assert result.stderr == b""
+        assert result.stderr.decode() == CUT.format(6)
         assert result.stdout.decode() == want
 
 
@@ -121,7 +81,118 @@ def test_show_image(tiny_model: Path, tmp_path: Path) -> None:
     assert shown.stdout == run(*arguments).stdout
     assert shown.stderr == (
         f"{path}: JPEG, 40 x 30 pixels, turned upright (EXIF), seen as 84 x 84 in 4 tokens\n"
+        + CUT.format(3)
     )
+
+
+def test_several_pictures(tiny_model: Path, image: Path) -> None:
+    arguments = ("run", tiny_model, "-p", "What is it?", "-n", 3, "--json")
+    one = json.loads(run(*arguments, "-i", image).stdout)
+    two = json.loads(run(*arguments, "-i", image, "-i", str(image.parent / "*.png")).stdout)
+    assert [picture["name"] for picture in two["images"]] == [str(image)] * 2
+    assert two["usage"]["image_tokens"] == 2 * one["usage"]["image_tokens"] == 8
+
+
+def test_json(tiny_model: Path, image: Path) -> None:
+    arguments = ("run", tiny_model, "-i", image, "-p", "What is it?", "-n", 5)
+    result = run(*arguments, "--json", "--stats")
+    report = json.loads(result.stdout)
+    assert result.stdout.count("\n") == 1
+    assert report["answer"] + "\n" == run(*arguments).stdout
+    assert report["finish_reason"] == "length"
+    assert report["usage"]["completion_tokens"] == 5
+    assert report["usage"]["prompt_tokens"] > report["usage"]["image_tokens"] == 4
+    assert report["images"][0]["name"] == str(image)
+    timings = report["timings"]
+    assert 0 < timings["prompt_ms"] < timings["ttft_ms"]
+    assert timings["load_ms"] > 0 < timings["predicted_per_second"]
+    assert report["peak_rss_mb"] > 20
+    assert report["model"]["name"] == str(tiny_model)
+    for part in ("model", "mmproj"):
+        path = tiny_model / report[part]["file"]
+        assert report[part]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert re.search(r"first token [\d.]+ s, .* 5 out; peak \d+ MB\n", result.stderr)
+
+
+def test_a_picture_is_encoded_once_for_all_processes(
+    tiny_model: Path, image: Path, tmp_path: Path
+) -> None:
+    def cached(*more: str) -> str | None:
+        arguments = ("run", tiny_model, "-i", image, "-p", "?", "-n", 1, "--json", *more)
+        report = json.loads(run(*arguments, OMNIVLM_HOME=str(tmp_path / "home")).stdout)
+        found: str | None = report["images"][0]["cached"]
+        return found
+
+    assert cached("--no-cache") is None
+    assert cached() is None
+    assert cached() == "disk"
+    assert cached("--no-cache") is None
+
+
+def test_choices(tiny_model: Path, image: Path) -> None:
+    arguments = ("run", tiny_model, "-i", image, "-p", "Is it red?", "--choices", "yes,no, maybe")
+    lines = [line.split("\t") for line in run(*arguments).stdout.splitlines()]
+    assert sorted(choice for choice, _ in lines) == ["maybe", "no", "yes"]
+    chances = [float(chance) for _, chance in lines]
+    assert sum(chances) == pytest.approx(1, abs=1e-3)
+    assert chances == sorted(chances, reverse=True)
+    report = json.loads(run(*arguments, "--json").stdout)
+    assert report["answer"] == lines[0][0] == next(iter(report["choices"]))
+
+
+def test_schema(tiny_model: Path, image: Path, tmp_path: Path) -> None:
+    schema = '{"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}}, '
+    schema += '"required": ["n"], "additionalProperties": false}'
+    file = tmp_path / "schema.json"
+    file.write_text(schema)
+    for given in (schema, file):
+        result = run("run", tiny_model, "-i", image, "-p", "How many?", "--schema", given)
+        assert result.returncode == 0
+        assert isinstance(json.loads(result.stdout)["n"], int)
+    cut = run("run", tiny_model, "-i", image, "-p", "How many?", "--schema", schema, "-n", 2)
+    assert cut.returncode == 1
+    assert "cut off after 2 tokens, before it was complete" in cut.stderr
+
+
+def test_grammar(tiny_model: Path, image: Path, tmp_path: Path) -> None:
+    file = tmp_path / "ab.gbnf"
+    file.write_text('root ::= ("ab" | "cd") "e"')
+    result = run("run", tiny_model, "-i", image, "-p", "?", "--grammar", file)
+    assert result.stdout in ("abe\n", "cde\n")
+    assert result.returncode == 0
+
+
+def test_settings_from_the_environment(tiny_model: Path, image: Path) -> None:
+    arguments = ("run", tiny_model, "-i", image, "-p", "?", "--json")
+    from_env = json.loads(run(*arguments, OMNIVLM_MAX_TOKENS="2").stdout)
+    assert from_env["usage"]["completion_tokens"] == 2
+    flag_wins = json.loads(run(*arguments, "-n", "3", OMNIVLM_MAX_TOKENS="2").stdout)
+    assert flag_wins["usage"]["completion_tokens"] == 3
+    wrong = run(*arguments, OMNIVLM_MAX_TOKENS="many")
+    assert wrong.returncode == 2
+
+
+def test_every_setting_reaches_the_engine(tiny_model: Path, image: Path) -> None:
+    def ask(*more: object) -> str:
+        return run("run", tiny_model, "-i", image, "-p", "?", "-n", 12, "-t", 1, *more).stdout
+
+    greedy = ask()
+    assert ask("-s", "Be brief.") != greedy
+    assert ask("--repeat-penalty", 5) != greedy
+    wild = ("--temp", 9, "--seed", 3)
+    free = ask(*wild, "--top-k", 0, "--top-p", 1, "--min-p", 0)
+    assert free != greedy
+    for narrow in (("--top-k", 1), ("--top-p", 1e-6), ("--min-p", 0.999999)):
+        assert ask(*wild, *narrow) == greedy
+    assert ask("--no-mmproj-offload", "-ngl", 0) == greedy
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams(tiny_model: Path, image: Path, closed: str) -> None:
+    command = shlex.join([*COMMAND, "run", str(tiny_model), "-i", str(image), "-p", "?", "-n", "2"])
+    result = subprocess.run(f"{command} {closed}", shell=True, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "Traceback" not in result.stderr
 
 
 def test_private_address_only_if_allowed(tiny_model: Path) -> None:
@@ -153,11 +224,43 @@ FAILURES = {
     "empty stdin": (["run", "{model}", "-i", "-", "-p", "?"], 1, "standard input is empty"),
     "stdin twice": (["run", "{model}", "-i", "-", "-i", "-", "-p", "?"], 2, "can be given once"),
     "stdin and loop": (["run", "{model}", "-i", "-"], 2, "can be given once, with -p"),
-    "two pictures": (
-        ["run", "{model}", "-i", "{image}", "-i", "{image}", "-p", "?"],
-        1,
-        "2 pictures are given: a question can have only one",
+    "schema and grammar": (
+        ["run", "{model}", "-i", "{image}", "-p", "?", "--schema", "{{}}", "--grammar", "x"],
+        2,
+        "exclude each other",
     ),
+    "no grammar": (
+        ["run", "{model}", "-i", "{image}", "-p", "?", "--grammar", "x.gbnf"],
+        1,
+        "x.gbnf: cannot be read (No such file",
+    ),
+    "wrong grammar": (
+        ["run", "{model}", "-i", "{image}", "-p", "?", "--grammar", "{text}"],
+        1,
+        "the grammar cannot be used",
+    ),
+    "no schema": (
+        ["run", "{model}", "-i", "{image}", "-p", "?", "--schema", "x.json"],
+        1,
+        "x.json: cannot be read",
+    ),
+    "wrong schema": (
+        ["run", "{model}", "-i", "{image}", "-p", "?", "--schema", '{{"type": "wrong"}}'],
+        1,
+        "the JSON schema cannot be used",
+    ),
+    "schema that is no JSON": (
+        ["run", "{model}", "-i", "{image}", "-p", "?", "--schema", "{text}"],
+        1,
+        "the JSON schema is not JSON",
+    ),
+    "one choice": (
+        ["run", "{model}", "-i", "{image}", "-p", "?", "--choices", "yes"],
+        1,
+        "two or more different words",
+    ),
+    "choices in a chat": (["run", "{model}", "--choices", "yes,no"], 2, "add -p PROMPT"),
+    "no layers": (["run", "{model}", "-ngl", "-1"], 2, "not in the range"),
     "one of two": (["run", "{model}", "-i", "{image}", "-i", "x.png"], 1, "x.png: there is no"),
     "not a picture": (["run", "{model}", "-i", "{text}", "-p", "?"], 1, "is not a picture"),
     "text as model": (["run", "{text}", "-i", "{image}", "-p", "?"], 1, "not a GGUF file"),
@@ -173,7 +276,11 @@ FAILURES = {
         "0 is not in the range",
     ),
     "cold": (["run", "{model}", "-i", "{image}", "-p", "?", "--temp", "-1"], 2, "not in the range"),
-    "context": (["run", "{model}", "-i", "{image}", "-p", "?", "-c", "256"], 1, "raise n_ctx (-c)"),
+    "context": (
+        ["run", "{model}", "-i", "{image}", "-p", "?", "-c", "256", "-n", "512"],
+        1,
+        "raise n_ctx (-c)",
+    ),
     "empty model": (["run", "", "-i", "{image}", "-p", "?"], 1, "'': there is no such file"),
     "no picture": (["run", "{model}", "-p", "?"], 2, "add -i IMAGE"),
     "no model": (["run"], 2, "Missing argument 'MODEL'"),
@@ -222,7 +329,7 @@ def test_interrupt_while_loading_and_answering(tiny_model: Path, image: Path) ->
     """Whenever it comes, Ctrl-C ends the program, with code 130 once the program itself runs."""
     arguments = [str(tiny_model), "-i", str(image), "-p", "?", "-n", "1500", "-c", "2048"]
     codes = set()
-    for delay in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0):
+    for delay in (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0):
         process = subprocess.Popen(
             [*COMMAND, "run", *arguments],
             stdout=subprocess.DEVNULL,
@@ -232,7 +339,8 @@ def test_interrupt_while_loading_and_answering(tiny_model: Path, image: Path) ->
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         codes.add(process.wait(timeout=60))
-    assert codes <= {130, 0, -signal.SIGINT, 1}
+    # Python itself starts before any of our code can heed the signal.
+    assert codes <= {130, 0, -signal.SIGINT}
     assert 130 in codes
 
 

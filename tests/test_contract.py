@@ -41,7 +41,8 @@ ALLOWED = {
     "grammar": {"errors"},
     "chat": {"image", "values"},
     "engine": STAGES | {"cache", "chat", "errors", "paths", "values"},
-    "cli": {"convert", "engine", "errors", "grammar", "image", "memory", "paths", "sources", "values"},
+    "cli": STAGES
+    | {"convert", "engine", "errors", "grammar", "memory", "paths", "sources", "values"},
     "__init__": {"engine", "chat", "device", "grammar", "errors", "values"},
     "__main__": {"cli"},
 }

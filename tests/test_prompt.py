@@ -69,7 +69,8 @@ def test_several_pictures_and_turns() -> None:
 def test_a_turn_only_adds_to_the_prompt_before() -> None:
     """So that the context of the turn before can be kept."""
     first = build_prompt(one("What?"), "vlm-81-instruct")
-    both = build_prompt([Turn("What?", (PICTURE,), "Yes", (7, 8)), Turn("Sure?")], "vlm-81-instruct")
+    answered = Turn("What?", (PICTURE,), "Yes", (7, 8))
+    both = build_prompt([answered, Turn("Sure?")], "vlm-81-instruct")
     assert both[: len(first)] == first
 
 

@@ -64,10 +64,6 @@ def preprocess(source: ImageSource, image_size: int) -> np.ndarray:
     return normalise(resize(load_image(source).image, image_size), [0.5] * 3, [0.5] * 3)
 
 
-def preprocess(source: ImageSource, image_size: int) -> np.ndarray:
-    return normalise(resize(load_image(source).image, image_size), [0.5] * 3, [0.5] * 3)
-
-
 @contextmanager
 def runtime(files: ModelFiles) -> Iterator[tuple[Vision, TextDecoder]]:
     device = select_device("cpu")
