@@ -35,7 +35,8 @@ ALLOWED = {
     "prompt": {"errors"},
     "decoder": {"_native", "errors", "prompt", "values"},
     "engine": STAGES | {"errors", "values"},
-    "cli": {"engine", "convert", "image", "errors", "values"},
+    "doctor": {"_native", "decoder", "device", "engine", "errors", "image", "models", "values"},
+    "cli": {"doctor", "engine", "convert", "image", "errors", "values"},
     "__init__": {"engine", "device", "errors", "values"},
     "__main__": {"cli"},
 }

@@ -254,13 +254,13 @@ class _HeaderFilter:
 
 def _check_threads(n_threads: int | None) -> int:
     if n_threads is None:
-        return _available_cores()
+        return available_cores()
     if not 1 <= n_threads <= MAX_THREADS:
         raise OptionError(f"n_threads is {n_threads}: it must be from 1 to {MAX_THREADS}")
     return n_threads
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
     """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

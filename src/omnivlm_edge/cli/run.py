@@ -12,6 +12,7 @@ import click
 
 from ..errors import OmniVLMError
 from ..values import MAX_SEED, GenerateOptions, ImageEmbedding
+from .options import model_argument
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,7 +23,7 @@ DEFAULTS = GenerateOptions()
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.option(
     "--mmproj", type=click.Path(path_type=Path), help="Vision file (GGUF), if not beside MODEL."
 )
