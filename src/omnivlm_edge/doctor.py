@@ -18,6 +18,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import psutil
+from gguf import GGMLQuantizationType as GGMLType
+from gguf import GGUFReader
 from PIL import Image, ImageDraw
 
 from . import _native
@@ -35,7 +37,10 @@ Status = Literal["ok", "warning", "problem"]
 PACKAGES = "omnivlm-edge llama-cpp-python gguf numpy pillow huggingface_hub".split()
 N_CTX = 2048  # the default of `run`
 ALLOWANCE = 130_000_000  # bytes for Python, the libraries and the activations
-MAX_ERROR = 0.01  # relative; float16 on another device differs by about a tenth of it
+# Largest relative error of an embedding. Two kinds of attention on one CPU differ by 0.0006 at the
+# published sizes in F16, by 0.005 in BF16, and by 0.02 where quantized weights make ggml round the
+# activations to 8 bits.
+MAX_ERROR, MAX_ERROR_QUANTIZED = 0.01, 0.05
 MIN_DISK = 2_000_000_000  # bytes: the published F16 files together
 QUESTION = "Is there an egg?"  # the demo's answer about our picture is far from a tie
 
@@ -212,13 +217,22 @@ def disk_check(directory: Path) -> Check:
     return Check("disk", "ok", detail)
 
 
-def compare(got: npt.NDArray[np.float32], want: npt.NDArray[np.float32], what: str) -> Check:
+def is_quantized(mmproj: Path) -> bool:
+    """Whether any of a vision file's weights are; the file must be a sound one."""
+    floats = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
+    return any(tensor.tensor_type not in floats for tensor in GGUFReader(mmproj).tensors)
+
+
+def compare(
+    got: npt.NDArray[np.float32], want: npt.NDArray[np.float32], what: str, limit: float
+) -> Check:
     """Two embeddings of one picture, [n_tokens, n_embd]: how far `got` is from the reference."""
-    scale = float(np.linalg.norm(want))
-    error = float(np.linalg.norm(got - want)) / scale
-    cosine = float((got * want).sum()) / (scale * float(np.linalg.norm(got)))
+    with np.errstate(invalid="ignore", divide="ignore"):  # all may be zero, or no number
+        scale = np.linalg.norm(want)
+        error = np.linalg.norm(got - want) / scale
+        cosine = np.vdot(got, want) / (np.linalg.norm(got) * scale)
     detail = f"{what}: relative error {error:.2g}, cosine {cosine:.6f}"
-    if error <= MAX_ERROR:
+    if error <= limit:
         return Check("picture", "ok", detail)
     return Check(  # also for an error that is not a number
         "picture",
@@ -311,7 +325,9 @@ def _model_checks(files: ModelFiles, device: Device) -> Iterator[Check]:
     h = reference.hparams
     pixels = preprocess(picture, h.image_size, h.image_mean, h.image_std)
     want = reference.encode(pixels[None])[0]
-    yield compare(got, want, f"{device.name} against explicit attention on the CPU")
+    what = f"{device.name} against explicit attention on the CPU"
+    limit = MAX_ERROR_QUANTIZED if is_quantized(files.mmproj) else MAX_ERROR
+    yield compare(got, want, what, limit)
 
 
 def offload_check(device: Device, placement: str) -> Check:
