@@ -286,8 +286,9 @@ def _rebuild(cmake_args: str) -> str:
     llama = f"llama-cpp-python=={version('llama-cpp-python')}"
     return (
         f'CMAKE_ARGS="{cmake_args}" pip install --force-reinstall --no-deps --no-cache-dir '
-        f"--no-binary llama-cpp-python {llama}, then install omnivlm-edge again in the same way "
-        f'(where it came from make: rm -rf .venv; CMAKE_ARGS="{cmake_args}" make demo)'
+        f"--no-binary llama-cpp-python {llama}; then, in the source of omnivlm-edge, "
+        f"pip install --force-reinstall --no-deps . "
+        f'(after make instead of both: rm -rf .venv; CMAKE_ARGS="{cmake_args}" make demo)'
     )
 
 

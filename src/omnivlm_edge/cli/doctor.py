@@ -43,7 +43,7 @@ def doctor(
     healthy = all(check.status != "problem" for check in checks)
     if as_json:
         result = {"healthy": healthy, "checks": [asdict(check) for check in checks]}
-        click.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(result, indent=2))
     if not healthy:
         context.exit(1)
 
