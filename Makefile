@@ -1,4 +1,4 @@
-# make demo | test | lint | test-reference | test-sanitize | format | clean
+# make demo | test | lint | test-reference | test-sanitize | format | stub | docs | clean
 #
 # Everything is installed into .venv; a second run finds it there and is quick.
 
@@ -9,9 +9,9 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 SOURCES := CMakeLists.txt pyproject.toml LICENSE README.md \
            $(shell find native src convert -type f -not -path '*/__pycache__/*')
-LINTED  := src convert tests train bench
+LINTED  := src convert tests train bench docs
 
-.PHONY: demo test lint test-reference test-sanitize format stub clean
+.PHONY: demo test lint test-reference test-sanitize format stub docs clean
 
 demo: $(VENV)/package.stamp
 	$(BIN)/omnivlm-edge run demo -i examples/horses.png -p "Describe the image"
@@ -36,6 +36,10 @@ format: $(VENV)/test.stamp
 # The types of the extension, generated from it; a test compares.
 stub: $(VENV)/package.stamp
 	$(BIN)/python -m nanobind.stubgen -q -m omnivlm_edge._native -o src/omnivlm_edge/_native.pyi
+
+# The help of every command, generated; a test compares.
+docs: $(VENV)/package.stamp
+	$(BIN)/python docs/make_commands.py
 
 # The native tests once more, in a build of their own with AddressSanitizer and UBSan.
 test-sanitize: $(VENV)/test.stamp

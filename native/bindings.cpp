@@ -88,6 +88,14 @@ std::vector<Device> devices() {
     return result;
 }
 
+std::vector<std::string> backends() {
+    std::vector<std::string> names;
+    for (size_t i = 0; i < ggml_backend_reg_count(); i++) {
+        names.emplace_back(ggml_backend_reg_name(ggml_backend_reg_get(i)));
+    }
+    return names;
+}
+
 // Native errors become the classes of omnivlm_edge.errors.
 void translate(const std::exception_ptr & error, void *) {
     const auto raise = [](const char * name, const char * message) {
@@ -135,7 +143,8 @@ NB_MODULE(_native, m) {
         .def_ro("single_turn", &VisionHparams::single_turn, "Trained on conversations of one question only.");
 
     nb::class_<TextFile>(m, "TextFile", "What is known of a text model's file before it is loaded.")
-        .def_ro("quantized", &TextFile::quantized, "Some of its tensors are.");
+        .def_ro("quantized", &TextFile::quantized, "Some of its tensors are.")
+        .def_ro("cache_width", &TextFile::cache_width, "Values that one position adds to the key-value cache.");
 
     nb::class_<VisionEncoder>(m, "VisionEncoder", "The vision path of one mmproj file on one device.")
         .def("__init__", &construct, "path"_a, "device"_a, "n_threads"_a, "flash_attention"_a = true)
@@ -144,6 +153,8 @@ NB_MODULE(_native, m) {
         .def_prop_ro("hparams", &VisionEncoder::hparams, nb::rv_policy::reference_internal);
 
     m.def("devices", &devices, "Every device that ggml was built with and finds on this machine.");
+    m.def("backends", &backends, "What ggml was built with, whether or not it finds a device for it here.");
+    m.def("ggml_version", &ggml_version);
     m.def(
         "gguf_architecture", [](const nb::bytes & path) { return gguf_architecture(path_of(path)); }, "path"_a,
         "The value of general.architecture. Raises ModelFileError when the file is no whole GGUF file.");
@@ -156,6 +167,8 @@ NB_MODULE(_native, m) {
         "log_sink_address", [] { return reinterpret_cast<uintptr_t>(&log_sink); },
         "Address of the ggml_log_callback that collects errors instead of printing.");
     m.def("take_log_error", &take_log_error, "The first error logged on this thread since the last call.");
+    m.def("take_log_placement", &take_log_placement,
+          "The lines on this thread, since the last call, that say how much of a model went into which memory.");
 }
 
 }  // namespace omnivlm

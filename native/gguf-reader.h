@@ -26,6 +26,7 @@ class GgufReader {
 
     int64_t n_tensors() const;
     bool    has_quantized_tensors() const;
+    int64_t cache_width() const;  // the width of the keys and values of all blocks together
 
     bool has_key(const std::string & key) const;
 

@@ -1,5 +1,8 @@
 #include "log-sink.h"
 
+#include <cstring>
+#include <utility>
+
 namespace omnivlm {
 namespace {
 
@@ -10,11 +13,19 @@ std::string & collected() {
     return text;
 }
 
+std::string & placement() {
+    thread_local std::string text;
+    return text;
+}
+
 }  // namespace
 
 void log_sink(ggml_log_level level, const char * text, void *) {
     if (level == GGML_LOG_LEVEL_ERROR && collected().size() < MAX_TEXT) {
         collected() += text;
+    }
+    if (std::strstr(text, " model buffer size ") != nullptr && placement().size() < MAX_TEXT) {
+        placement() += text;
     }
 }
 
@@ -23,6 +34,10 @@ std::string take_log_error() {
     const size_t      colon = line.find(": ");
     collected().clear();
     return colon == std::string::npos ? line : line.substr(colon + 2);
+}
+
+std::string take_log_placement() {
+    return std::exchange(placement(), {});
 }
 
 }  // namespace omnivlm

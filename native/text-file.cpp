@@ -48,7 +48,7 @@ TextFile inspect_text_file(const std::string & path) {
                         " tokens");
         }
     }
-    return { reader.has_quantized_tensors() };
+    return { reader.has_quantized_tensors(), reader.cache_width() };
 }
 
 }  // namespace omnivlm

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 namespace omnivlm {
@@ -10,7 +11,8 @@ namespace omnivlm {
 std::string gguf_architecture(const std::string & path);
 
 struct TextFile {
-    bool quantized = false;  // some of its tensors are
+    bool    quantized   = false;  // some of its tensors are
+    int64_t cache_width = 0;      // values that one position adds to the key-value cache
 };
 
 // llama.cpp refuses most damaged files, but takes a few things for granted and aborts the process,

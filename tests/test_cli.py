@@ -10,7 +10,6 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -351,6 +350,26 @@ def test_output_that_cannot_be_written(tiny_model: Path, image: Path) -> None:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 1
     assert result.stderr == "Error: the output cannot be written (No space left on device)\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["--version"],
+        ["completion", "bash"],
+        ["doctor", "--device", "cpu"],
+        ["doctor", "--device", "cpu", "--json"],
+    ],
+    ids=" ".join,
+)
+def test_results_that_cannot_be_written(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE)
+    assert result.returncode == 1
+    assert result.stderr == b"Error: the output cannot be written (No space left on device)\n"
 
 
 def test_reader_that_has_enough(tiny_model: Path, image: Path) -> None:

@@ -38,7 +38,9 @@ def terminal(*arguments: object, cwd: Path | None = None) -> Iterator[pexpect.sp
 
 
 def test_lines_from_a_pipe(tiny_model: Path, image: Path) -> None:
-    lines = f"What is it?\n\n{image}\nWhat is it?\n/clear\n'{image}'\nHow many?\nnone.png\n/bye\nno\n"
+    lines = (
+        f"What is it?\n\n{image}\nWhat is it?\n/clear\n'{image}'\nHow many?\nnone.png\n/bye\nno\n"
+    )
     result = run("run", tiny_model, "-n", 6, stdin=lines)
     assert result.returncode == 0
     assert "First give a picture" in result.stderr
@@ -58,9 +60,7 @@ def test_a_picture_given_before(tiny_model: Path, image: Path) -> None:
 
 def test_a_follow_up_knows_what_was_said(tiny_model: Path, image: Path) -> None:
     arguments = ("run", tiny_model, "-n", 6, "-i", image, "--json")
-    first, second = map(
-        json.loads, run(*arguments, stdin="What is it?\nSure?").stdout.splitlines()
-    )
+    first, second = map(json.loads, run(*arguments, stdin="What is it?\nSure?").stdout.splitlines())
     alone = json.loads(run(*arguments, "-p", "Sure?").stdout)
     assert second["usage"]["prompt_tokens"] > alone["usage"]["prompt_tokens"] + 6
     # All but the new question was in the context already.
@@ -125,7 +125,9 @@ def test_mistakes_are_told_and_the_chat_goes_on(
 ) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("no picture")
-    lines = f"{text}\nno such.png\n/walk\n/image\n/image 'a\n/image *.nothing\n/help\nWhat?\nquit\nno"
+    lines = (
+        f"{text}\nno such.png\n/walk\n/image\n/image 'a\n/image *.nothing\n/help\nWhat?\nquit\nno"
+    )
     result = run("run", tiny_model, "-i", image, "-n", 2, stdin=lines)
     assert result.returncode == 0
     assert result.stdout.count("\n") == 1

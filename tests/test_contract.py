@@ -7,10 +7,12 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
+import click
 import gguf
 import pytest
 from nanobind.stubgen import StubGen
@@ -18,6 +20,7 @@ from nanobind.stubgen import StubGen
 import omnivlm_edge
 import omnivlm_edge._native
 from omnivlm_edge import GenerateOptions, OmniVLM
+from omnivlm_edge.cli import cli
 from omnivlm_edge.models import find_model
 
 ROOT = Path(__file__).parents[1]
@@ -41,8 +44,11 @@ ALLOWED = {
     "grammar": {"errors"},
     "chat": {"image", "values"},
     "engine": STAGES | {"cache", "chat", "errors", "paths", "values"},
-    "cli": STAGES
-    | {"convert", "engine", "errors", "grammar", "memory", "paths", "sources", "values"},
+    "doctor": {"_native", "decoder", "device", "engine", "errors", "image", "models", "values"},
+    "cli": {
+        *("convert", "doctor", "engine", "errors", "grammar", "image", "memory", "paths"),
+        *("sources", "values"),
+    },
     "__init__": {"engine", "chat", "device", "grammar", "errors", "values"},
     "__main__": {"cli"},
 }
@@ -137,6 +143,37 @@ def test_readme_shows_the_help_text() -> None:
     command = [sys.executable, "-m", "omnivlm_edge", "run", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout in readme_blocks()
+
+
+def test_commands_md_is_what_help_says() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    import make_commands
+
+    text = (ROOT / "docs" / "commands.md").read_text()
+    assert text == make_commands.text(), "run: make docs"
+    for arguments in ([], ["doctor"]):
+        command = [sys.executable, "-m", "omnivlm_edge", *arguments, "--help"]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert f"```\n{result.stdout}```\n" in text
+
+
+def commands(group: click.Group) -> Iterator[tuple[str, click.Command]]:
+    for name, command in group.commands.items():
+        yield name, command
+        if isinstance(command, click.Group):
+            yield from commands(command)
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands(cli)))
+def test_every_command_explains_itself(name: str, command: click.Command) -> None:
+    context = click.Context(command, info_name=name)
+    assert command.get_short_help_str()
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+        if parameter.name == "model":
+            offered = {item.value for item in parameter.shell_complete(context, "de")}
+            assert "demo" in offered, "use model_argument() of cli/options.py"
 
 
 def test_readme_transcripts_are_real() -> None:

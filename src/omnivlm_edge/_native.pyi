@@ -85,6 +85,10 @@ class TextFile:
     def quantized(self) -> bool:
         """Some of its tensors are."""
 
+    @property
+    def cache_width(self) -> int:
+        """Values that one position adds to the key-value cache."""
+
 class VisionEncoder:
     """The vision path of one mmproj file on one device."""
 
@@ -100,6 +104,13 @@ class VisionEncoder:
 
 def devices() -> list[Device]:
     """Every device that ggml was built with and finds on this machine."""
+
+def backends() -> list[str]:
+    """
+    What ggml was built with, whether or not it finds a device for it here.
+    """
+
+def ggml_version() -> str: ...
 
 def gguf_architecture(path: bytes) -> str:
     """
@@ -118,3 +129,8 @@ def log_sink_address() -> int:
 
 def take_log_error() -> str:
     """The first error logged on this thread since the last call."""
+
+def take_log_placement() -> str:
+    """
+    The lines on this thread, since the last call, that say how much of a model went into which memory.
+    """

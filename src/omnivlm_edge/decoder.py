@@ -410,6 +410,13 @@ def _skip(parts: Sequence[Tokens | Embeddings], n: int) -> list[Tokens | Embeddi
     return rest
 
 
+def system_info() -> str:
+    """What the backends of this build were compiled with: `CPU : AVX2 = 1 | F16C = 1 | …`."""
+    _initialise_backend()
+    info: bytes = llama_cpp.llama_print_system_info()
+    return info.decode().strip(" |")
+
+
 def _check_open(sequence: TokenSequence) -> None:
     if sequence.seq_id < 0:
         raise ClosedError("the sequence was closed; open a new one")

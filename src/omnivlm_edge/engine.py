@@ -72,7 +72,7 @@ class OmniVLM:
     ) -> None:
         started = time.perf_counter()
         _check_whole("n_ctx", n_ctx, 1)
-        threads = _available_cores() if n_threads is None else n_threads
+        threads = available_cores() if n_threads is None else n_threads
         _check_whole("n_threads", threads, 1, MAX_THREADS)
         if n_gpu_layers is not None:
             _check_whole("n_gpu_layers", n_gpu_layers, 0)
@@ -464,7 +464,7 @@ def _check_whole(name: str, value: object, least: int, most: int = 2**31 - 1) ->
         raise OptionError(f"{name} is {value!r}: it must be a whole number from {least} to {most}")
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
     """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

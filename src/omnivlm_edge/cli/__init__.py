@@ -14,17 +14,44 @@ from typing import NoReturn
 import click
 
 from ..errors import OmniVLMError
+from .completion import completion
 from .convert import convert
+from .doctor import doctor
 from .run import run
 
+EPILOG = """\b
+Examples:
+  omnivlm-edge run demo -i photo.jpg -p "What is in the picture?"
+  omnivlm-edge run demo
+  omnivlm-edge doctor
+  omnivlm-edge completion bash
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+\b
+Environment:
+  OMNIVLM_...      sets the option whose help names the variable; the option
+                   itself, given on the command line, wins
+  HF_HOME, HF_HUB_CACHE
+                   where downloaded models are kept
+                   [default: ~/.cache/huggingface]
+
+\b
+Output and exit codes:
+  Answers and results go to stdout, all else to stderr.
+  0 done, 1 failed, 2 wrong usage, 130 interrupted
+
+\b
+Files:
+  A model is two GGUF files: a text model and its vision file (mmproj).
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.version_option(package_name="omnivlm-edge")
 def cli() -> None:
     """Ask small vision-language models about pictures, on your own machine."""
 
 
-for command in (run, convert):
+for command in (run, convert, doctor, completion):
     cli.add_command(command)
 
 
@@ -38,11 +65,8 @@ def _outcome() -> int:
         if getattr(sys, stream) is None:  # closed by the caller (`>&-`)
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
     try:
-        cli.main(prog_name="omnivlm-edge", standalone_mode=False)
+        code: int = cli.main(prog_name="omnivlm-edge", standalone_mode=False) or 0  # of ctx.exit()
         sys.stdout.flush()
-        code = 0
-    except click.exceptions.Exit as exc:
-        code = exc.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo(err=True)
         code = 130

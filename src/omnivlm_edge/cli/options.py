@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options and arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -6,12 +6,27 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+MODEL_NAMES = ("demo", "omnivision", "omnivlm", "omnivision-ocr", "omnivision-preview")
 
 
 def setting(*names: str, **attributes: Any) -> Decorator:
     """An option that an environment variable can set too: `--ctx-size` is OMNIVLM_CTX_SIZE."""
     long = next(name for name in names if name.startswith("--"))
     variable = "OMNIVLM_" + long.split("/")[0].removeprefix("--").replace("-", "_").upper()
-    return click.option(*names, envvar=variable, **attributes)
+    return click.option(*names, envvar=variable, show_envvar=True, **attributes)
+
+
+def model_argument(**attributes: Any) -> Decorator:
+    """The argument MODEL, which a shell completes to known names, files and directories."""
+    return click.argument("model", shell_complete=_complete_model, **attributes)
+
+
+def _complete_model(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    # The file entry comes first, because bash's script forgets what came before it. bash goes on to
+    # files when no name fits; zsh and fish offer both.
+    names = [CompletionItem(name) for name in MODEL_NAMES if name.startswith(incomplete)]
+    return [CompletionItem(incomplete, type="file"), *names]

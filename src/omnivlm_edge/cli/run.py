@@ -8,14 +8,14 @@ import click
 
 from ..errors import OptionError
 from ..values import MAX_SEED, GenerateOptions
-from .options import setting
+from .options import model_argument, setting
 from .output import Output, describe
 
 DEFAULTS = GenerateOptions()
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.option(
     "--mmproj", type=click.Path(path_type=Path), help="Vision file (GGUF), if not beside MODEL."
 )
