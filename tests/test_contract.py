@@ -31,12 +31,14 @@ ALLOWED = {
     "image": {"errors"},
     "vision": {"_native"},
     "device": {"_native", "errors"},
+    "recipes": {"errors"},
+    "quantize": {"_native", "convert", "device", "errors", "models", "recipes", "vision"},
     "models": {"_native", "errors", "values"},
     "prompt": {"errors"},
     "decoder": {"_native", "errors", "prompt", "values"},
     "engine": STAGES | {"errors", "values"},
-    "cli": {"engine", "convert", "image", "errors", "values"},
-    "__init__": {"engine", "device", "errors", "values"},
+    "cli": {"engine", "convert", "quantize", "recipes", "models", "image", "errors", "values"},
+    "__init__": {"engine", "device", "errors", "quantize", "values"},
     "__main__": {"cli"},
 }
 

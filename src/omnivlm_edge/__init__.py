@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .errors import ModelFileError as ModelFileError
     from .errors import OmniVLMError as OmniVLMError
     from .errors import OptionError as OptionError
+    from .quantize import quantize_file as quantize_file
     from .values import Answer as Answer
     from .values import GenerateOptions as GenerateOptions
     from .values import ImageEmbedding as ImageEmbedding
@@ -48,6 +49,7 @@ _HOME = {
     "OptionError": "errors",
     "Timings": "values",
     "available_devices": "device",
+    "quantize_file": "quantize",
 }
 
 __all__ = list(_HOME)

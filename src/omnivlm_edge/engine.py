@@ -14,14 +14,12 @@ from types import TracebackType
 from . import image as images
 from . import prompt as prompts
 from .decoder import TextDecoder
-from .device import select_device
+from .device import check_threads, select_device
 from .errors import ClosedError, ContextOverflowError, ModelFileError, OptionError
 from .image import ImageSource
 from .models import find_model
 from .values import Answer, FinishReason, GenerateOptions, ImageEmbedding, Timings
 from .vision import Vision
-
-MAX_THREADS = 512  # GGML_MAX_N_THREADS in ggml
 
 
 class OmniVLM:
@@ -51,7 +49,7 @@ class OmniVLM:
     ) -> None:
         started = time.perf_counter()
         files = find_model(model, mmproj, variant)
-        threads = _check_threads(n_threads)
+        threads = check_threads(n_threads)
         chosen = select_device(device)
 
         self._vision: Vision | None = Vision(files.mmproj, chosen, threads)
@@ -250,18 +248,3 @@ class _HeaderFilter:
         """What was held back when the generation ended in the middle of a header."""
         held, self._held = self._held or "", None
         return held
-
-
-def _check_threads(n_threads: int | None) -> int:
-    if n_threads is None:
-        return _available_cores()
-    if not 1 <= n_threads <= MAX_THREADS:
-        raise OptionError(f"n_threads is {n_threads}: it must be from 1 to {MAX_THREADS}")
-    return n_threads
-
-
-def _available_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -15,6 +15,7 @@ import click
 
 from ..errors import OmniVLMError
 from .convert import convert
+from .quantize import quantize
 from .run import run
 
 
@@ -24,7 +25,7 @@ def cli() -> None:
     """Ask small vision-language models about pictures, on your own machine."""
 
 
-for command in (run, convert):
+for command in (run, convert, quantize):
     cli.add_command(command)
 
 
