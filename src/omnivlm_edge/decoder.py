@@ -284,7 +284,7 @@ class TextDecoder:
 def quantize_text(source: str, output: str, file_type: int, n_threads: int) -> int:
     """llama.cpp's quantizer, with its log on stderr; 0 when it is done.
 
-    It aborts the process on some damaged files, and Ctrl-C does not stop it: see quantize.py.
+    It cannot be interrupted and may abort the process, so quantize.py runs it in a child.
     """
     default = ctypes.cast(ctypes.c_void_p(0), llama_cpp.llama_log_callback)
     llama_cpp.llama_log_set(default, ctypes.c_void_p(0))

@@ -99,21 +99,26 @@ def _quantized_already(source: Path) -> ModelFileError:
 # ---- the text model -----------------------------------------------------------------------------
 
 
+# Paths travel as escaped text: not every file name is text that a command line can carry.
+_CHILD = """import sys
+sys.path[:] = {!a}
+from omnivlm_edge.decoder import quantize_text
+sys.exit(quantize_text{!a})
+"""
+
+
 def _quantize_text(
     source: Path, output: Path, name: str, n_threads: int, progress: Progress
 ) -> None:
-    """llama.cpp aborts on some damage and cannot be interrupted: here it does that to a child."""
+    """In a child process, because llama.cpp's quantizer cannot be interrupted and may abort."""
     if _native.inspect_text_file(os.fsencode(source)).quantized:
         raise _quantized_already(source)
     nbytes = source.stat().st_size
     if GGMLType[RECIPES[name][0]] not in _FLOATS:
         nbytes = nbytes * 9 // 16  # Q8_0, the largest, has 8.5 bits where F16 has 16
     with publishing([output], nbytes, [source]) as (part,):
-        call = (
-            f"quantize_text({str(source)!a}, {str(part)!a}, {int(_file_type(name))}, {n_threads})"
-        )
-        code = f"import sys; sys.path[:] = {sys.path!a}; from omnivlm_edge.decoder import quantize_text; "
-        reason = _run_quantizer(f"{code}sys.exit({call})", progress)
+        arguments = str(source), str(part), int(_file_type(name)), n_threads
+        reason = _run_quantizer(_CHILD.format(sys.path, arguments), progress)
         if "iostream error" in reason:  # all that llama.cpp says of it
             raise OSError("the disk is full or failed")
         if reason:
@@ -141,7 +146,8 @@ def _run_quantizer(code: str, progress: Progress) -> str:
             raise
     if child.returncode == 0:
         return ""
-    return line.rpartition("failed to quantize: ")[2].strip() or f"status {child.returncode}"
+    told = re.search(r"(?<=failed to quantize: ).*|GGML_ASSERT.*", line)
+    return told[0] if told else f"it ended with status {child.returncode}"
 
 
 # ---- the vision file ----------------------------------------------------------------------------
