@@ -418,6 +418,13 @@ def test_damaged_bytes_never_crash(tmp_path: Path) -> None:
     assert min(outcomes.values()) > 0
 
 
+@pytest.mark.parametrize("name", [b"\xff\xfe'.gguf", "日本 {x}\n.gguf".encode()])
+def test_odd_file_names(source: Path, tmp_path: Path, name: bytes) -> None:
+    odd = source.rename(tmp_path / os.fsdecode(name))
+    output = quantize_file(odd, tmp_path / os.fsdecode(b"out" + name), "q4_0")
+    assert output.stat().st_size < odd.stat().st_size
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 

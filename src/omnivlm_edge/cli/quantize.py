@@ -21,7 +21,7 @@ def _type_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--type", "type_name", metavar="NAME", help=f"One of {names}.")(command)
 
 
-@click.command(context_settings={"max_content_width": 80})
+@click.command()
 @click.argument("model")
 @click.argument("out", required=False, type=click.Path(path_type=Path, file_okay=False))
 @_type_options
