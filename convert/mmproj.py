@@ -34,7 +34,9 @@ def convert_mmproj(old: Path, out_dir: Path, *, variant: str | None = None) -> P
     The published layout names no prompt variant: without `variant`, the projector's shape chooses.
     """
     old, out_dir = Path(old), Path(out_dir)
-    keys, tensors = _open(old)
+    reader = open_gguf(old)
+    values = {key: field.contents() for key, field in reader.fields.items()}
+    keys, tensors = Section(values, str(old), ModelFileError), {t.name: t for t in reader.tensors}
     architecture = keys.present("general.architecture")
     if architecture != PUBLISHED_ARCHITECTURE:
         raise ModelFileError(
@@ -43,7 +45,7 @@ def convert_mmproj(old: Path, out_dir: Path, *, variant: str | None = None) -> P
         )
     vision = _vision(keys)
     try:
-        first, second = (_shape(_find(tensors, name, old)) for name in _PROJECTOR_WEIGHTS)
+        first, second = (row_major_shape(_find(tensors, name, old)) for name in _PROJECTOR_WEIGHTS)
         projector = projector_from_shapes(first, second, vision)
     except ValueError as exc:
         raise ModelFileError(f"{old}: mm.*: {exc}") from exc
@@ -85,18 +87,19 @@ class _Reader(GGUFReader):
         return super()._get(offset, dtype, count, *rest, **named)
 
 
-def _open(path: Path) -> tuple[Section, dict[str, ReaderTensor]]:
-    """All keys and all tensors of a GGUF file."""
+def open_gguf(path: Path) -> GGUFReader:
+    """The keys and tensors of a GGUF file. Raises ModelFileError."""
     try:
         reader = _Reader(path)
-        values = {key: field.contents() for key, field in reader.fields.items()}
+        for field in reader.fields.values():
+            field.contents()
         if reader.byte_order != "I":
             raise ValueError("its bytes are in the other order")
     except FileNotFoundError as exc:
         raise ModelFileError(f"{path} is missing") from exc
     except (OSError, ValueError, KeyError, IndexError, OverflowError, TypeError) as exc:
         raise ModelFileError(f"{path} is damaged or not a GGUF file: {exc}") from exc
-    return Section(values, str(path), ModelFileError), {t.name: t for t in reader.tensors}
+    return reader
 
 
 def _vision(keys: Section) -> VisionConfig:
@@ -131,22 +134,24 @@ def _find(tensors: dict[str, ReaderTensor], name: str, path: Path) -> ReaderTens
     return tensors[name]
 
 
-def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
+def row_major_shape(tensor: ReaderTensor) -> tuple[int, ...]:
     """Rows first; a GGUF file stores the fastest dimension first."""
     return tuple(int(length) for length in reversed(tensor.shape))
 
 
 def _plan(rule: Rule, tensors: dict[str, ReaderTensor], path: Path) -> OutTensor:
     tensor = _find(tensors, rule.published, path)
-    if _shape(tensor) != rule.shape:
+    if row_major_shape(tensor) != rule.shape:
         raise ModelFileError(
-            f"{path}: the tensor {rule.published} has the shape {_shape(tensor)}, but the "
+            f"{path}: the tensor {rule.published} has the shape {row_major_shape(tensor)}, but the "
             f"file's keys ask for {rule.shape}"
         )
-    return OutTensor(rule.target, rule.shape, tensor.tensor_type, partial(_read, path, tensor))
+    return OutTensor(
+        rule.target, rule.shape, tensor.tensor_type, partial(read_tensor, path, tensor)
+    )
 
 
-def _read(path: Path, tensor: ReaderTensor) -> npt.NDArray[np.uint8]:
+def read_tensor(path: Path, tensor: ReaderTensor) -> npt.NDArray[np.uint8]:
     """The bytes, read instead of mapped: mapped pages would stay resident until the end."""
     try:
         data = np.fromfile(path, np.uint8, tensor.n_bytes, offset=tensor.data_offset)

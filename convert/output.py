@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -53,37 +54,44 @@ class OutFile:
 def publish(files: Sequence[OutFile], inputs: Sequence[Path] = ()) -> None:
     """Write all files beside their final names, then rename them; leave nothing after an error."""
     total = sum(file.nbytes for file in files)
-    for file in files:
-        _refuse_input(file.path, inputs)
-        _make_directory(file.path.parent)
-    _require_space(files[0].path.parent, total)
-    parts = [file.path.with_name(f".{file.path.name}.{os.getpid()}.part") for file in files]
-    try:
-        with tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress:
-            for file, part in zip(files, parts, strict=True):
-                progress.set_description(file.path.name)
-                _write(file, part, progress)
+    with (
+        publishing([file.path for file in files], total, inputs) as parts,
+        tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress,
+    ):
         for file, part in zip(files, parts, strict=True):
-            os.replace(part, file.path)
+            progress.set_description(file.path.name)
+            for written in write_gguf(file, part):
+                progress.update(written)
+
+
+@contextmanager
+def publishing(
+    paths: Sequence[Path], nbytes: int, inputs: Sequence[Path] = ()
+) -> Iterator[list[Path]]:
+    """Names to write under, in order, within the block; at its end they become `paths`.
+
+    An error or interruption removes them and leaves what `paths` were. All lie in one directory,
+    which needs `nbytes` of free space.
+    """
+    for path in paths:
+        _refuse_input(path, inputs)
+        _make_directory(path.parent)
+    _require_space(paths[0].parent, nbytes)
+    parts = [path.with_name(f".{path.name}.{os.getpid()}.part") for path in paths]
+    try:
+        yield parts
+        for path, part in zip(paths, parts, strict=True):
+            os.replace(part, path)
     except OSError as exc:
-        raise ConvertError(f"{files[0].path.parent} cannot be written to: {exc}") from exc
+        raise ConvertError(f"{paths[0].parent} cannot be written to: {exc}") from exc
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
 
 
-def report_unused(source: Path, names: Collection[str]) -> None:
-    """Nothing is left out silently."""
-    if names:
-        print(
-            f"{source}: left out the {len(names)} tensors of the vision tower's pooling head, "
-            "which this model never uses",
-            file=sys.stderr,
-        )
-
-
-def _write(file: OutFile, part: Path, progress: tqdm[Any]) -> None:
-    writer = GGUFWriter(part, file.architecture)
+def write_gguf(file: OutFile, path: Path) -> Iterator[int]:
+    """Writes `file` under another path, and yields the bytes of each tensor when it is written."""
+    writer = GGUFWriter(path, file.architecture)
     try:
         file.add_keys(writer)
         for tensor in file.tensors:
@@ -100,9 +108,19 @@ def _write(file: OutFile, part: Path, progress: tqdm[Any]) -> None:
         writer.write_ti_data_to_file()
         for tensor in file.tensors:
             writer.write_tensor_data(tensor.read())
-            progress.update(tensor.nbytes)
+            yield tensor.nbytes
     finally:
         writer.close()
+
+
+def report_unused(source: Path, names: Collection[str]) -> None:
+    """Nothing is left out silently."""
+    if names:
+        print(
+            f"{source}: left out the {len(names)} tensors of the vision tower's pooling head, "
+            "which this model never uses",
+            file=sys.stderr,
+        )
 
 
 def _refuse_input(output: Path, inputs: Sequence[Path]) -> None:
@@ -121,6 +139,6 @@ def _require_space(directory: Path, nbytes: int) -> None:
     needed, free = nbytes + _KEYS_SPARE, shutil.disk_usage(directory).free
     if free < needed:
         raise ConvertError(
-            f"{directory} has {free / 1e6:.0f} MB free, but the conversion needs "
+            f"{directory} has {free / 1e6:.0f} MB free, but the result needs "
             f"{needed / 1e6:.0f} MB; free some space or choose another output directory"
         )

@@ -2,6 +2,7 @@
 
 #include "errors.h"
 #include "log-sink.h"
+#include "quantize.h"
 #include "text-file.h"
 #include "vision-encoder.h"
 
@@ -52,6 +53,25 @@ void construct(VisionEncoder * self, const nb::bytes & path, const std::string &
     const std::string            file = path_of(path);
     const nb::gil_scoped_release release;
     new (self) VisionEncoder(file, device, n_threads, flash_attention);
+}
+
+using Rows  = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<2>>;
+
+Bytes quantize(const Rows & rows, int type_number, int n_threads) {
+    const auto   type      = static_cast<ggml_type>(type_number);
+    const auto   n_rows    = static_cast<int64_t>(rows.shape(0));
+    const auto   n_per_row = static_cast<int64_t>(rows.shape(1));
+    const size_t row_size  = quantized_row_size(type, n_per_row);
+    const size_t shape[]   = { rows.shape(0), row_size };
+    auto         data      = std::unique_ptr<uint8_t[]>(new uint8_t[shape[0] * row_size]);  // not zeroed
+    {
+        const nb::gil_scoped_release release;
+        quantize_rows(type, rows.data(), n_rows, n_per_row, n_threads, data.get());
+    }
+    uint8_t *         raw = data.get();
+    const nb::capsule owner(data.release(), [](void * p) noexcept { delete[] static_cast<uint8_t *>(p); });
+    return { raw, 2, shape, owner };
 }
 
 struct Device {
@@ -161,6 +181,11 @@ NB_MODULE(_native, m) {
     m.def(
         "inspect_text_file", [](const nb::bytes & path) { return inspect_text_file(path_of(path)); }, "path"_a,
         "Raises ModelFileError for damage in a text model's file that llama.cpp would not survive.");
+
+    m.def("quantize", &quantize, "rows"_a.noconvert(), "type"_a, "n_threads"_a,
+          "float32 [n_rows, n_per_row] -> uint8 [n_rows, bytes of a row] in the ggml type of that number.\n\n"
+          "Releases the GIL. Raises ValueError for a type or row length that ggml cannot do, and for a value\n"
+          "that is not finite or larger than 65504.");
 
     ggml_log_set(log_sink, nullptr);
     m.def(

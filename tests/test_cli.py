@@ -177,7 +177,8 @@ def test_every_setting_reaches_the_engine(tiny_model: Path, image: Path) -> None
 
     greedy = ask()
     assert ask("-s", "Be brief.") != greedy
-    assert ask("--repeat-penalty", 5) != greedy
+    penalised = [ask("-n", 60, *more) for more in ((), ("--repeat-penalty", 9))]
+    assert penalised[0] != penalised[1]
     wild = ("--temp", 9, "--seed", 3)
     free = ask(*wild, "--top-k", 0, "--top-p", 1, "--min-p", 0)
     assert free != greedy

@@ -176,7 +176,7 @@ def test_terminal(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_model: Path, image: Path) -> None:
-    endless = ("-n", 4000, "-c", 4096, "--temp", 1, "--seed", 1)
+    endless = ("-n", 3500, "-c", 4096, "--temp", 1, "--seed", 1)
     with terminal(tiny_model, "-i", image, *endless) as chat:
         chat.sendintr()
         chat.expect_exact("/bye or Ctrl-D leaves.")

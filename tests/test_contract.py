@@ -35,6 +35,8 @@ ALLOWED = {
     "sources": {"errors", "image"},
     "vision": {"_native"},
     "device": {"_native", "errors"},
+    "recipes": {"errors"},
+    "quantize": {"_native", "convert", "device", "errors", "models", "recipes", "vision"},
     "models": {"_native", "errors", "values"},
     "prompt": {"errors", "values"},
     "decoder": {"_native", "errors", "prompt", "values"},
@@ -46,10 +48,10 @@ ALLOWED = {
     "engine": STAGES | {"cache", "chat", "errors", "paths", "values"},
     "doctor": {"_native", "decoder", "device", "engine", "errors", "image", "models", "values"},
     "cli": {
-        *("convert", "doctor", "engine", "errors", "grammar", "image", "memory", "paths"),
-        *("sources", "values"),
+        *("convert", "doctor", "engine", "errors", "grammar", "image", "memory", "models"),
+        *("paths", "quantize", "recipes", "sources", "values"),
     },
-    "__init__": {"engine", "chat", "device", "grammar", "errors", "values"},
+    "__init__": {"engine", "chat", "device", "grammar", "errors", "quantize", "values"},
     "__main__": {"cli"},
 }
 

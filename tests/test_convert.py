@@ -817,7 +817,7 @@ def test_failure_keeps_the_earlier_output(
 def test_too_little_space(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(checkpoint)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ConvertError, match="0 MB free, but the conversion needs"):
+    with pytest.raises(ConvertError, match="0 MB free, but the result needs"):
         convert(checkpoint)
     assert left_behind(checkpoint.parent / "out") == []
 

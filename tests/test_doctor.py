@@ -274,7 +274,8 @@ def test_offload() -> None:
 @pytest.mark.parametrize("gpu_answer", ["No, there is no egg.", "Yes yes yes"])
 def test_answer_of_another_device(monkeypatch: pytest.MonkeyPatch, gpu_answer: str) -> None:
     class FakeModel:
-        def __init__(self, _: str, device: str) -> None:
+        def __init__(self, _: str, device: str, disk_cache: bool) -> None:
+            assert not disk_cache
             self.text = gpu_answer if device == "CUDA0" else "No, there is no egg."
 
         def __enter__(self) -> FakeModel:

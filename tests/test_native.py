@@ -234,6 +234,73 @@ def test_one_ggml_lives_in_the_process() -> None:
     assert len(result.stdout.split()) == 1
 
 
+# --- quantization ---------------------------------------------------------------------------------
+
+GgmlType = gguf.GGMLQuantizationType
+EXACT_TYPES = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+# Largest relative error (of the norm) for normal random rows.
+LOSSY_TYPES = {"Q6_K": 0.02, "Q5_K": 0.04, "Q4_K": 0.08, "IQ4_NL": 0.09, "IQ4_XS": 0.09}
+
+
+def random_rows(n_rows: int, n_per_row: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((n_rows, n_per_row)) * 10.0 ** rng.integers(-2, 4, (n_rows, 1))
+    return rows.astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (1, 32), (3, 96), (7, 1152), (64, 4352)])
+@pytest.mark.parametrize("name", EXACT_TYPES)
+def test_quantize_equals_gguf_py(name: str, shape: tuple[int, int]) -> None:
+    rows = random_rows(*shape)
+    want = gguf.quants.quantize(rows, GgmlType[name])
+    for n_threads in (1, 2, 5):
+        got = _native.quantize(rows, GgmlType[name], n_threads)
+        np.testing.assert_array_equal(got, want.view(np.uint8).reshape(got.shape))
+
+
+@pytest.mark.parametrize("name", LOSSY_TYPES)
+def test_quantize_is_close_whatever_the_threads(name: str) -> None:
+    rows = random_rows(9, 768)
+    got = _native.quantize(rows, GgmlType[name], 1)
+    error = np.linalg.norm(gguf.quants.dequantize(got, GgmlType[name]) - rows, axis=1)
+    assert (error <= LOSSY_TYPES[name] * np.linalg.norm(rows, axis=1)).all()
+    for n_threads in (2, 4, 20):
+        np.testing.assert_array_equal(_native.quantize(rows, GgmlType[name], n_threads), got)
+
+
+@pytest.mark.parametrize("name", [*EXACT_TYPES, *LOSSY_TYPES])
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-30, 1.0, -65504.0, 65504.0])
+def test_quantize_extreme_rows(name: str, value: float) -> None:
+    rows = np.zeros((4, 256), np.float32)
+    rows[1:] = value
+    rows[2, ::2] = 0
+    rows[3, 1:] = 0
+    got = gguf.quants.dequantize(_native.quantize(rows, GgmlType[name], 2), GgmlType[name])
+    assert not got[0].any()
+    assert np.abs(got - rows).max() <= max(0.2 * abs(value), 1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 65536.0, -1e30])
+def test_quantize_refuses_values_out_of_range(value: float) -> None:
+    rows = random_rows(8, 256)
+    rows[6, 200] = value
+    for name in ("F16", "Q4_0", "Q4_K", "IQ4_NL"):
+        with pytest.raises(ValueError, match="not finite or larger than 65504"):
+            _native.quantize(rows, GgmlType[name], 3)
+
+
+@pytest.mark.parametrize("number", [-1, 0, 4, 9, 15, 16, 19, 26, 31, 38, 1000, 2**31 - 1])
+def test_quantize_refuses_types_that_ggml_would_abort_on(number: int) -> None:
+    with pytest.raises(ValueError, match=f"ggml type {number} is none"):
+        _native.quantize(random_rows(2, 256), number, 1)
+
+
+@pytest.mark.parametrize(("name", "width"), [("Q8_0", 48), ("Q4_K", 1152), ("F16", 0)])
+def test_quantize_refuses_broken_blocks(name: str, width: int) -> None:
+    with pytest.raises(ValueError, match=f"rows of {width} values are no whole blocks"):
+        _native.quantize(np.zeros((2, width), np.float32), GgmlType[name], 1)
+
+
 # --- files that are wrong -------------------------------------------------------------------------
 
 Keys = dict[str, Any]

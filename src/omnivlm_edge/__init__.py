@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .errors import OmniVLMError as OmniVLMError
     from .errors import OptionError as OptionError
     from .grammar import json_schema_grammar as json_schema_grammar
+    from .quantize import quantize_file as quantize_file
     from .values import Answer as Answer
     from .values import GenerateOptions as GenerateOptions
     from .values import ImageEmbedding as ImageEmbedding
@@ -54,6 +55,7 @@ _HOME = {
     "Turn": "values",
     "available_devices": "device",
     "json_schema_grammar": "grammar",
+    "quantize_file": "quantize",
 }
 
 __all__ = list(_HOME)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from . import _native
 from ._native import Device
-from .errors import DeviceError
+from .errors import DeviceError, OptionError
+
+MAX_THREADS = 512  # GGML_MAX_N_THREADS in ggml
 
 # Names that users type -> how ggml's device names begin.
 _PREFIXES = {"cuda": "CUDA", "metal": "MTL", "vulkan": "Vulkan", "sycl": "SYCL", "rocm": "ROCm"}
@@ -41,3 +45,24 @@ def select_device(name: str) -> Device:
         hint = "; llama-cpp-python must be built for it (see the README)"
     names = ", ".join(d.name for d in devices)
     raise DeviceError(f"device '{name}' does not exist here: there is {names}{hint}")
+
+
+def check_threads(n_threads: int | None) -> int:
+    """A wanted number of CPU threads; None is the cores that this process may use.
+
+    Raises OptionError for anything but a whole number in ggml's range.
+    """
+    if n_threads is None:
+        return _available_cores()
+    if type(n_threads) is not int or not 1 <= n_threads <= MAX_THREADS:
+        raise OptionError(
+            f"n_threads is {n_threads!r}: it must be a whole number from 1 to {MAX_THREADS}"
+        )
+    return n_threads
+
+
+def _available_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

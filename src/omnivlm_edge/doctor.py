@@ -25,8 +25,8 @@ from PIL import Image, ImageDraw
 from . import _native
 from ._native import Device
 from .decoder import system_info
-from .device import available_devices, select_device
-from .engine import OmniVLM, available_cores
+from .device import available_devices, check_threads, select_device
+from .engine import OmniVLM
 from .errors import OmniVLMError
 from .image import normalise, resize
 from .models import find_model
@@ -321,7 +321,7 @@ def _model_checks(files: ModelFiles, device: Device) -> Iterator[Check]:
         got = engine.encode(picture).data
     cpu = select_device("cpu")
     reference = _native.VisionEncoder(
-        os.fsencode(files.mmproj), cpu.name, available_cores(), flash_attention=False
+        os.fsencode(files.mmproj), cpu.name, check_threads(None), flash_attention=False
     )
     h = reference.hparams
     pixels = normalise(resize(picture, h.image_size), h.image_mean, h.image_std)

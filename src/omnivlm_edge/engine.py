@@ -25,7 +25,7 @@ from . import prompt as prompts
 from .cache import EmbeddingCache, file_sha256
 from .chat import Chat, Images
 from .decoder import Embeddings, TextDecoder, Tokens
-from .device import select_device
+from .device import check_threads, select_device
 from .errors import ClosedError, ContextOverflowError, ModelFileError, OptionError
 from .image import ImageSource
 from .models import find_model
@@ -34,7 +34,6 @@ from .values import Answer, FinishReason, GenerateOptions, ImageEmbedding, Timin
 from .vision import Vision
 
 DEFAULT_MAX_TOKENS = 512
-MAX_THREADS = 512  # GGML_MAX_N_THREADS in ggml
 
 
 class OmniVLM:
@@ -72,8 +71,7 @@ class OmniVLM:
     ) -> None:
         started = time.perf_counter()
         _check_whole("n_ctx", n_ctx, 1)
-        threads = available_cores() if n_threads is None else n_threads
-        _check_whole("n_threads", threads, 1, MAX_THREADS)
+        threads = check_threads(n_threads)
         if n_gpu_layers is not None:
             _check_whole("n_gpu_layers", n_gpu_layers, 0)
         files = find_model(model, mmproj, variant)
@@ -462,10 +460,3 @@ def _spellings(choice: str) -> set[str]:
 def _check_whole(name: str, value: object, least: int, most: int = 2**31 - 1) -> None:
     if type(value) is not int or not least <= value <= most:
         raise OptionError(f"{name} is {value!r}: it must be a whole number from {least} to {most}")
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

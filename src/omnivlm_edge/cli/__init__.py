@@ -17,6 +17,7 @@ from ..errors import OmniVLMError
 from .completion import completion
 from .convert import convert
 from .doctor import doctor
+from .quantize import quantize
 from .run import run
 
 EPILOG = """\b
@@ -51,7 +52,7 @@ def cli() -> None:
     """Ask small vision-language models about pictures, on your own machine."""
 
 
-for command in (run, convert, doctor, completion):
+for command in (run, quantize, convert, doctor, completion):
     cli.add_command(command)
 
 

@@ -1,0 +1,497 @@
+"""Quantized files: what stands in them, that they run, and every way for it to fail."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as GGMLType
+
+import tiny_gguf
+from omnivlm_edge import (
+    ConvertError,
+    ModelFileError,
+    OmniVLM,
+    OmniVLMError,
+    OptionError,
+    quantize,
+    quantize_file,
+)
+from omnivlm_edge.models import find_model
+from omnivlm_edge.quantize import output_name
+from omnivlm_edge.recipes import RECIPES
+from tiny_gguf import VisionShape
+
+ROOT = Path(__file__).parents[1]
+DEMO = find_model("demo")
+COMMAND = [sys.executable, "-m", "omnivlm_edge", "quantize"]
+# The MLP's width is a multiple of neither 32 nor 256; mm.2's rows fit no block at all.
+ODD = VisionShape(n_embd=64, n_ff=270, n_proj=40, n_text=64)
+WIDE = VisionShape(n_embd=256, n_ff=300, n_proj=96, n_text=64)  # rows for the K types
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def tensors_of(path: Path) -> dict[str, gguf.ReaderTensor]:
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+def keys_of(path: Path) -> dict[str, Any]:
+    fields = gguf.GGUFReader(path).fields
+    return {key: (field.types, field.contents()) for key, field in fields.items()}
+
+
+def values(tensor: gguf.ReaderTensor) -> np.ndarray:
+    shape = tuple(reversed(tensor.shape.tolist()))
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+
+
+# --- what stands in the file ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source_type", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("layout", ["clip", "siglip"])
+@pytest.mark.parametrize("name", ["q8_0", "q5_1", "q4_0"])
+def test_vision_tensors_equal_gguf_py(
+    tmp_path: Path, name: str, layout: str, source_type: str
+) -> None:
+    """Every tensor is gguf-py's quantization of the source's values, padded with zeros."""
+    source = tiny_gguf.write_mmproj(tmp_path / "in.gguf", ODD, layout=layout, dtype=source_type)
+    before = tensors_of(source)
+    after = tensors_of(quantize_file(source, tmp_path / "out.gguf", name, n_threads=2))
+    assert list(after) == list(before)
+    fc1 = "ffn_up" if layout == "clip" else "ffn_down"
+    for key, tensor in after.items():
+        want = values(before[key])
+        if fc1 in key:
+            want = np.pad(want, [(0, 242)] + [(0, 0)] * (want.ndim - 1))  # 270 -> 512
+        elif "ffn" in key and want.ndim == 2:
+            want = np.pad(want, [(0, 0), (0, 242)])
+        kind = before[key].tensor_type
+        if want.ndim > 1:
+            kind = GGMLType.F16 if kind is GGMLType.F32 else kind
+            if re.match(r"v\.blk|mm\.0", key):
+                kind = GGMLType[name.upper()]
+        assert tensor.tensor_type is kind, key
+        packed = gguf.quants.quantize(want, kind)
+        assert np.array_equal(tensor.data.tobytes(), packed.tobytes()), key
+
+
+def test_k_types_where_256_divides_a_row(tmp_path: Path) -> None:
+    source = tiny_gguf.write_mmproj(tmp_path / "in.gguf", WIDE)
+    for name, (long, short) in RECIPES.items():
+        tensors = tensors_of(quantize_file(source, tmp_path / "out.gguf", name, n_threads=2))
+        kinds = {
+            "v.blk.0.attn_q.weight": long,  # 256
+            "v.blk.1.ffn_up.weight": long,
+            "v.blk.1.ffn_down.weight": long,  # 300 -> 512
+            "mm.0.weight": long,  # 9 * 256
+            "mm.2.weight": short,  # 96
+            "v.post_ln.weight": "F32",
+            "v.blk.0.ffn_up.bias": "F32",
+        }
+        assert {key: tensors[key].tensor_type.name for key in kinds} == kinds, name
+        width = 300 if name in ("f16", "bf16") else 512
+        assert tensors["v.blk.0.ffn_up.bias"].shape.tolist() == [width]
+
+
+@pytest.mark.parametrize("layout", ["clip", "siglip"])
+def test_metadata(tmp_path: Path, layout: str) -> None:
+    source = tiny_gguf.write_mmproj(tmp_path / "in.gguf", ODD, layout=layout)
+    before = keys_of(source)
+    after = keys_of(quantize_file(source, tmp_path / "out.gguf", "Q4_K_M"))
+    u32 = [gguf.GGUFValueType.UINT32]
+    ff = f"{layout}.vision.feed_forward_length"
+    changed = {
+        "general.file_type": (u32, int(gguf.LlamaFileType.MOSTLY_Q4_K_M)),
+        "general.quantization_version": (u32, 2),
+        ff: (u32, 512),
+        f"{ff}_unpadded": (u32, 270),
+    }
+    before.pop("general.alignment")  # the source's layout on disk, not the model
+
+    def meaning(keys: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in keys.items() if not key.startswith("GGUF.")}
+
+    assert meaning(after) == meaning(before) | changed
+
+
+def test_widths_that_need_no_padding_stay(tmp_path: Path) -> None:
+    keys = keys_of(quantize_file(DEMO.mmproj, tmp_path / "out.gguf", "q4_0"))
+    assert keys["clip.vision.feed_forward_length"][1] == 512
+    assert "clip.vision.feed_forward_length_unpadded" not in keys
+
+
+def test_unused_head_is_left_out(tmp_path: Path) -> None:
+    tensors = tiny_gguf.siglip_names(tiny_gguf.random_tensors(ODD))
+    keys = tiny_gguf.siglip_keys(ODD)
+    tensors["v.head.attention.in_weight"] = np.full((96, 32), np.nan, np.float32)
+    source = tiny_gguf.write_gguf(tmp_path / "in.gguf", keys, tensors)
+    after = tensors_of(quantize_file(source, tmp_path / "out.gguf", "q8_0"))
+    assert tensors.keys() - after.keys() == {"v.head.attention.in_weight"}
+
+
+def test_text_metadata_and_types(tmp_path: Path) -> None:
+    before = keys_of(DEMO.text)
+    steps: list[tuple[int, int]] = []
+    output = quantize_file(
+        DEMO.text, tmp_path / "out.gguf", "q4_k_m", progress=lambda *step: steps.append(step)
+    )
+    after = keys_of(output)
+    assert steps == [(i, 50) for i in range(1, 51)]
+    assert after.pop("general.quantization_version")[1] == 2
+    assert after.pop("general.file_type")[1] == int(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    unchanged = before.keys() - {"general.file_type", "GGUF.kv_count"}
+    assert {key: before[key] for key in unchanged} == {key: after[key] for key in unchanged}
+    assert {t.tensor_type.name for t in tensors_of(output).values()} == {"F32", "Q4_K", "Q6_K"}
+    plain = llama_cpp.Llama(str(output), vocab_only=True, verbose=False)
+    plain.close()
+
+
+# --- that it runs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "cosine", "size"),
+    [("q8_0", 0.9995, 0.56), ("q4_k_m", 0.995, 0.33), ("q4_0", 0.99, 0.33)],
+)
+def test_the_demo_model_still_answers(
+    tmp_path: Path, name: str, cosine: float, size: float
+) -> None:
+    picture = ROOT / "examples" / "horses.png"
+    for source in (DEMO.text, DEMO.mmproj):
+        output = quantize_file(source, tmp_path / output_name(source, name), name)
+        assert output.stat().st_size < size * source.stat().st_size
+    with OmniVLM("demo", device="cpu") as exact, OmniVLM(tmp_path, device="cpu") as model:
+        want, got = exact.encode(picture).data, model.encode(picture).data
+        assert (got * want).sum() >= cosine * np.linalg.norm(got) * np.linalg.norm(want)
+        assert "three horses" in model.answer(picture, "Describe the image").text
+
+
+@pytest.mark.parametrize("layout", ["clip", "siglip"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_padded_towers_run(tmp_path: Path, name: str, layout: str) -> None:
+    source = tiny_gguf.write_mmproj(tmp_path / "in.gguf", WIDE, layout=layout)
+    quantize_file(source, tmp_path / "out.gguf", name)
+    pixels = np.random.default_rng(1).uniform(-1, 1, (1, 3, 42, 42)).astype(np.float32)
+    want, got = encode(source, pixels), encode(tmp_path / "out.gguf", pixels)
+    bound = {"f16": 0.9999, "bf16": 0.9999, "q8_0": 0.999}.get(name, 0.98)
+    assert (got * want).sum() >= bound * np.linalg.norm(got) * np.linalg.norm(want)
+
+
+def test_padding_changes_nothing(tmp_path: Path) -> None:
+    """Q8_0 weights stand for the same numbers with and without 16 more zero blocks in a row."""
+    shape = VisionShape(n_embd=64, n_ff=288, n_proj=64, n_text=64)
+    source = tiny_gguf.write_mmproj(tmp_path / "in.gguf", shape)
+    padded = quantize_file(source, tmp_path / "padded.gguf", "q8_0")
+    # gguf-py's Q8_0 of the same file; 288 is nine blocks, which need no padding.
+    keys, tensors = tiny_gguf.clip_keys(shape), tiny_gguf.random_tensors(shape)
+    for key in ("v.patch_embd.weight", "v.position_embd.weight"):
+        tensors[key] = tensors[key].astype(np.float16)
+    plain = tiny_gguf.write_gguf(tmp_path / "plain.gguf", keys, tensors, "q8_0")
+    assert keys_of(padded)["clip.vision.feed_forward_length"][1] == 512
+    pixels = np.random.default_rng(1).uniform(-1, 1, (1, 3, 42, 42)).astype(np.float32)
+    np.testing.assert_allclose(encode(padded, pixels), encode(plain, pixels), rtol=0, atol=1e-6)
+
+
+def encode(path: Path, pixels: np.ndarray) -> np.ndarray:
+    from omnivlm_edge import _native
+
+    return _native.VisionEncoder(os.fsencode(path), "CPU", 2).encode(pixels)
+
+
+def test_same_bytes_whatever_the_threads(tmp_path: Path) -> None:
+    for source in (DEMO.text, DEMO.mmproj):
+        files = [
+            quantize_file(source, tmp_path / f"{n}.gguf", "q5_k_m", n_threads=n) for n in (1, 3)
+        ]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+# --- what is wrong --------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["text", "vision"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy of one of the demo model's files, alone in its directory."""
+    file = DEMO.text if request.param == "text" else DEMO.mmproj
+    (tmp_path / "in").mkdir()
+    return Path(shutil.copy(file, tmp_path / "in" / "model-F16.gguf"))
+
+
+def refused(
+    source: Path, output: Path, error: type[BaseException], message: str, name: str = "q4_0"
+) -> None:
+    """The call fails, the source stays as it was and nothing else comes into being."""
+    content = source.read_bytes()
+    files = sorted(source.parents[1].rglob("*"))
+    with pytest.raises(error, match=message) as caught:
+        quantize_file(source, output, name, n_threads=1)
+    assert source.read_bytes() == content
+    assert sorted(source.parents[1].rglob("*")) == files
+    if issubclass(error, OmniVLMError):
+        assert "\n" not in str(caught.value)
+
+
+def test_unknown_type(source: Path, tmp_path: Path) -> None:
+    refused(source, tmp_path / "out.gguf", OptionError, "'q9_z' is unknown: .* q4_k_m", "q9_z")
+
+
+def test_wrong_thread_count(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="n_threads is 0"):
+        quantize_file(source, tmp_path / "out.gguf", "q8_0", n_threads=0)
+
+
+def test_quantized_source(source: Path, tmp_path: Path) -> None:
+    small = quantize_file(source, source.parent / "small.gguf", "q8_0")
+    refused(small, tmp_path / "out.gguf", ModelFileError, "small.gguf: is quantized already")
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link, None], ids=["symlink", "hardlink", "same"])
+def test_output_is_the_source(source: Path, link: Callable[[Path, Path], None] | None) -> None:
+    output = source.parent / ".." / "in" / source.name
+    if link:
+        output = source.parent / "link.gguf"
+        link(source, output)
+    refused(source, output, ConvertError, "is the input itself")
+
+
+def test_cut_source(source: Path, tmp_path: Path) -> None:
+    for size in (0, 3, 500, -200):
+        source.write_bytes(source.read_bytes()[:size])
+        refused(source, tmp_path / "out.gguf", ModelFileError, "model-F16.gguf: ")
+
+
+def test_absent_source(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="cannot be opened"):
+        quantize_file(tmp_path / "none.gguf", tmp_path / "out.gguf", "q8_0")
+
+
+def test_values_that_cannot_be_quantized(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for value in (np.nan, np.inf, 1e9):
+        tensors = tiny_gguf.random_tensors(ODD)
+        tensors["v.blk.1.attn_k.weight"][3, 5] = value
+        keys = tiny_gguf.clip_keys(ODD)
+        source = tiny_gguf.write_gguf(tmp_path / "in" / "in.gguf", keys, tensors)
+        refused(
+            source,
+            tmp_path / "out.gguf",
+            ModelFileError,
+            r"v\.blk\.1\.attn_k\.weight holds a value",
+        )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("clip.projector_type", "idefics3", "belongs to another model"),
+        ("clip.vision.feed_forward_length", 271, "v.blk.0.ffn_up.weight has shape"),
+    ],
+)
+def test_vision_file_of_another_model(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    (tmp_path / "in").mkdir()
+    keys = tiny_gguf.clip_keys(ODD) | {key: value}
+    source = tiny_gguf.write_gguf(tmp_path / "in" / "in.gguf", keys, tiny_gguf.random_tensors(ODD))
+    refused(source, tmp_path / "out.gguf", ModelFileError, message)
+
+
+def rewrite_text(path: Path, architecture: str = "qwen2", *, scale: float = 1) -> Path:
+    """The demo's text model with another architecture's name, or one tensor scaled."""
+    reader = gguf.GGUFReader(DEMO.text)
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            key = key.replace("qwen2.", f"{architecture}.")
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        factor = scale if tensor.name == "blk.1.ffn_up.weight" else 1
+        writer.add_tensor(tensor.name, tensor.data * tensor.data.dtype.type(factor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_text_model_of_unknown_architecture(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    source = rewrite_text(tmp_path / "in" / "in.gguf", "qwen99")
+    refused(source, tmp_path / "out.gguf", ModelFileError, "unknown model architecture: 'qwen99'")
+
+
+def test_text_model_with_values_that_are_no_numbers(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    source = rewrite_text(tmp_path / "in" / "in.gguf", scale=float("nan"))
+    refused(source, tmp_path / "out.gguf", ModelFileError, "in.gguf: llama.cpp cannot quantize")
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ("os.abort()", "status -6"),
+        ("sys.exit('quant.cpp:7: GGML_ASSERT(n > 0) failed')", r"\(GGML_ASSERT\(n > 0\) failed\)"),
+    ],
+)
+def test_llama_cpp_may_abort(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, reason: str
+) -> None:
+    monkeypatch.setattr(quantize, "_CHILD", f"import os, sys; {end}  # {{}} {{}}")
+    with pytest.raises(ModelFileError, match=reason):
+        quantize_file(DEMO.text, tmp_path / "out.gguf", "q4_0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_is_seen_before_any_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
+    refused(source, tmp_path / "out.gguf", ConvertError, "has 0 MB free, but the result needs")
+
+
+def test_directory_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
+    refused(source, source / "out.gguf", ConvertError, "cannot be made a directory")
+
+
+def test_disk_that_fills_up(source: Path, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [*COMMAND, str(source), str(tmp_path / "out"), "--q4_0"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
+    )
+    assert result.returncode == 1
+    assert re.fullmatch(r"Error: .*out cannot be written to: .*\n", result.stderr)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_interrupted(source: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == total // 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_file(source, tmp_path / "out.gguf", "q4_k_m", progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_failure_leaves_the_older_result(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.gguf"
+    output.write_text("older")
+    source.write_bytes(source.read_bytes()[:-200])
+    refused(source, output, ModelFileError, "model-F16.gguf")
+    assert output.read_text() == "older"
+
+
+def test_damaged_bytes_never_crash(tmp_path: Path) -> None:
+    """One process for all: a crash would end it."""
+    source = tiny_gguf.write_mmproj(tmp_path / "in.gguf", VisionShape(n_layer=1), dtype="f16")
+    valid, rng = source.read_bytes(), np.random.default_rng(3)
+    header = gguf.GGUFReader(source).data_offset
+    outcomes = {"done": 0, "refused": 0}
+    for _ in range(300):
+        data = bytearray(valid)
+        for _ in range(rng.integers(1, 4)):
+            data[rng.integers(header if rng.random() < 0.9 else len(data))] = rng.integers(256)
+        damaged = tmp_path / "damaged.gguf"
+        damaged.write_bytes(data)
+        try:
+            quantize_file(damaged, tmp_path / "out.gguf", "q4_0", n_threads=1)
+            outcomes["done"] += 1
+        except OmniVLMError:
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 0
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe'.gguf", "日本 {x}\n.gguf".encode()])
+def test_odd_file_names(source: Path, tmp_path: Path, name: bytes) -> None:
+    odd = source.rename(tmp_path / os.fsdecode(name))
+    output = quantize_file(odd, tmp_path / os.fsdecode(b"out" + name), "q4_0")
+    assert output.stat().st_size < odd.stat().st_size
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "type_name", "want"),
+    [
+        ("text", "demo-F16.gguf", "q4_k_m", "demo-Q4_K_M.gguf"),
+        ("text", "llm.bf16.gguf", "fp16", "llm-F16.gguf"),
+        ("text", "Nano-Vlm-Processor-494M-F16.gguf", "q8_0", "Nano-Vlm-Processor-494M-Q8_0.gguf"),
+        ("vision", "mmproj-demo-F16.gguf", "Q8_0", "mmproj-demo-Q8_0.gguf"),
+        ("vision", "photo-mmproj-f32.gguf", "iq4_nl", "mmproj-photo-IQ4_NL.gguf"),
+        ("vision", "projector-fp16.gguf", "q4_0", "mmproj-projector-Q4_0.gguf"),
+        ("vision", "mmproj.gguf", "q4_0", "mmproj-Q4_0.gguf"),
+    ],
+)
+def test_output_names(tmp_path: Path, kind: str, name: str, type_name: str, want: str) -> None:
+    source = tmp_path / name
+    source.symlink_to(DEMO.text if kind == "text" else DEMO.mmproj)
+    assert output_name(source, type_name) == want
+
+
+def test_command_on_a_directory(tmp_path: Path, tiny_model: Path) -> None:
+    result = run(tiny_model, tmp_path / "small", "--q8_0", "-t", 1)
+    assert result.returncode == 0
+    files = [Path(line) for line in result.stdout.splitlines()]
+    assert sorted(files) == sorted((tmp_path / "small").iterdir())
+    assert re.fullmatch(r"\d+\.\d MB -> \d+\.\d MB\n", result.stderr)
+    found = find_model(tmp_path / "small")
+    assert files == [found.text, found.mmproj]
+    assert found.mmproj.name.startswith("mmproj-")
+
+
+def test_command_on_one_file_writes_beside_it(source: Path) -> None:
+    result = run(source, "--type", "Q4_0")
+    assert result.returncode == 0
+    (written,) = (Path(line) for line in result.stdout.splitlines())
+    assert {written, source} == set(source.parent.iterdir())
+    assert written.name in ("model-Q4_0.gguf", "mmproj-model-Q4_0.gguf")
+
+
+def test_command_on_the_demo_writes_into_the_current_directory(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [*COMMAND, "demo", "--q4_k_m"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.stdout == "demo-Q4_K_M.gguf\nmmproj-demo-Q4_K_M.gguf\n"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+FAILURES = {
+    "no type": (["demo"], 2, "name one type"),
+    "two types": (["demo", "--q8_0", "--q4_0"], 2, "name one type"),
+    "a flag and a name": (["demo", "--q8_0", "--type", "q8_0"], 2, "name one type"),
+    "unknown flag": (["demo", "--q9_0"], 2, "No such option"),
+    "unknown name": (["demo", "--type", "q9_0"], 2, "'q9_0' is unknown"),
+    "no model": (["none", "--q8_0"], 1, "'none': there is no such file"),
+    "not GGUF": (["{text}", "--q8_0"], 1, "not a GGUF file"),
+    "out is a file": (["demo", "{text}", "--q8_0"], 2, "is a file"),
+    "no threads": (["demo", "--q8_0", "-t", "0"], 2, "not in the range"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), FAILURES.values(), ids=FAILURES)
+def test_command_failures(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("no model")
+    result = run(*(argument.format(text=text) for argument in arguments))
+    assert result.returncode == code
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
