@@ -16,7 +16,9 @@ from .options import model_argument, setting
 def _type_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--type NAME, and --NAME for short."""
     for name in RECIPES:
-        command = click.option(f"--{name}", is_flag=True, hidden=True)(command)
+        command = click.option(
+            f"--{name}", is_flag=True, hidden=True, help=f"The same as --type {name}."
+        )(command)
     names = ", ".join(RECIPES)
     return click.option("--type", "type_name", metavar="NAME", help=f"One of {names}.")(command)
 
