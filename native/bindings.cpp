@@ -163,8 +163,7 @@ NB_MODULE(_native, m) {
         .def_ro("single_turn", &VisionHparams::single_turn, "Trained on conversations of one question only.");
 
     nb::class_<TextFile>(m, "TextFile", "What is known of a text model's file before it is loaded.")
-        .def_ro("quantized", &TextFile::quantized, "Some of its tensors are.")
-        .def_ro("cache_width", &TextFile::cache_width, "Values that one position adds to the key-value cache.");
+        .def_ro("quantized", &TextFile::quantized, "Some of its tensors are.");
 
     nb::class_<VisionEncoder>(m, "VisionEncoder", "The vision path of one mmproj file on one device.")
         .def("__init__", &construct, "path"_a, "device"_a, "n_threads"_a, "flash_attention"_a = true)
@@ -175,9 +174,6 @@ NB_MODULE(_native, m) {
     m.def("devices", &devices, "Every device that ggml was built with and finds on this machine.");
     m.def("backends", &backends, "What ggml was built with, whether or not it finds a device for it here.");
     m.def("ggml_version", &ggml_version);
-    m.def(
-        "gguf_architecture", [](const nb::bytes & path) { return gguf_architecture(path_of(path)); }, "path"_a,
-        "The value of general.architecture. Raises ModelFileError when the file is no whole GGUF file.");
     m.def(
         "inspect_text_file", [](const nb::bytes & path) { return inspect_text_file(path_of(path)); }, "path"_a,
         "Raises ModelFileError for damage in a text model's file that llama.cpp would not survive.");

@@ -5,7 +5,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <string_view>
 
 namespace omnivlm {
 namespace {
@@ -39,17 +38,6 @@ bool GgufReader::has_quantized_tensors() const {
         }
     }
     return false;
-}
-
-int64_t GgufReader::cache_width() const {
-    int64_t width = 0;
-    for (ggml_tensor * t = ggml_get_first_tensor(meta_.get()); t != nullptr; t = ggml_get_next_tensor(meta_.get(), t)) {
-        const std::string_view name = t->name;
-        if (name.find(".attn_k.weight") != name.npos || name.find(".attn_v.weight") != name.npos) {
-            width += t->ne[1];
-        }
-    }
-    return width;
 }
 
 bool GgufReader::has_key(const std::string & key) const {

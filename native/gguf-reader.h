@@ -26,7 +26,6 @@ class GgufReader {
 
     int64_t n_tensors() const;
     bool    has_quantized_tensors() const;
-    int64_t cache_width() const;  // the width of the keys and values of all blocks together
 
     bool has_key(const std::string & key) const;
 
@@ -34,7 +33,7 @@ class GgufReader {
     int64_t              dimension(const std::string & key) const;  // a u32 count or size, 1 .. 131072
     float                number(const std::string & key) const;     // f32
     bool                 boolean(const std::string & key) const;
-    std::array<float, 3> rgb(const std::string & key) const;        // f32[3], finite
+    std::array<float, 3> rgb(const std::string & key) const;  // f32[3], finite
 
     std::vector<std::string> strings(const std::string & key) const;
     size_t                   array_size(const std::string & key, gguf_type type) const;

@@ -12,10 +12,6 @@ constexpr int64_t MAX_LAYERS = 512;  // LLAMA_MAX_LAYERS in llama.cpp
 
 }  // namespace
 
-std::string gguf_architecture(const std::string & path) {
-    return GgufReader(path).string("general.architecture");
-}
-
 TextFile inspect_text_file(const std::string & path) {
     const GgufReader reader(path);
 
@@ -48,7 +44,7 @@ TextFile inspect_text_file(const std::string & path) {
                         " tokens");
         }
     }
-    return { reader.has_quantized_tensors(), reader.cache_width() };
+    return { reader.has_quantized_tensors() };
 }
 
 }  // namespace omnivlm

@@ -7,12 +7,8 @@
 
 namespace omnivlm {
 
-// `general.architecture` of any GGUF file. Throws ModelFileError when it is not a whole GGUF file.
-std::string gguf_architecture(const std::string & path);
-
 struct TextFile {
-    bool    quantized   = false;  // some of its tensors are
-    int64_t cache_width = 0;      // values that one position adds to the key-value cache
+    bool quantized = false;  // some of its tensors are
 };
 
 // llama.cpp refuses most damaged files, but takes a few things for granted and aborts the process,

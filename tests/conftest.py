@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from fake_hub import COMMAND, Cli, FakeHub
 from omnivlm_edge import OmniVLM
 from omnivlm_edge.convert import convert_checkpoint
 from tiny_checkpoint import write_checkpoint
 
+TESTS = Path(__file__).parent
 
-@pytest.fixture(scope="session", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reads or writes the user's own models, caches and settings."""
-    before = dict(os.environ)
-    for name in list(os.environ):
-        if name.startswith(("OMNIVLM_", "HF_")):
-            del os.environ[name]
-    base = tmp_path_factory.mktemp("home")
-    os.environ.update(OMNIVLM_HOME=str(base / "omnivlm"), HF_HOME=str(base / "huggingface"))
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No test may see or change the user's own models, nor reach a network.
+
+    huggingface_hub reads its variables when it is imported, which is later than this; the tests'
+    subprocesses inherit them.
+    """
+    home = tempfile.TemporaryDirectory(prefix="omnivlm-tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(home.cleanup)
+    for name in [name for name in os.environ if name.startswith(("HF_", "OMNIVLM_"))]:
+        del os.environ[name]
+    os.environ |= {
+        "HF_HOME": f"{home.name}/huggingface",
+        "HF_ENDPOINT": "http://127.0.0.1:9",  # nobody listens there
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMNIVLM_HOME": f"{home.name}/omnivlm-edge",
+    }
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +69,38 @@ def picture() -> Image.Image:
     image.paste("green", (70, 50, 130, 90))
     image.paste("blue", (0, 60, 20, 90))
     return image
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with FakeHub() as server:
+        yield server
+
+
+@pytest.fixture
+def hub_env(tmp_path: Path, hub: FakeHub) -> dict[str, str]:
+    """The environment of a user of `hub` who has no models yet."""
+    return {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path / "hf"),
+        "OMNIVLM_HOME": str(tmp_path / "own"),
+        "PYTHONPATH": str(TESTS),
+    }
+
+
+@pytest.fixture
+def hub_cli(hub_env: dict[str, str]) -> Cli:
+    """Runs the command line in a process of that user; keywords are more variables."""
+
+    def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*COMMAND, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            stdin=subprocess.DEVNULL,
+            env=hub_env | variables,
+        )
+
+    return run

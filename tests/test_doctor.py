@@ -19,6 +19,8 @@ import pytest
 import tiny_gguf
 from omnivlm_edge import _native, doctor
 from omnivlm_edge.doctor import Check, Hardware
+from omnivlm_edge.memory import memory_needed
+from omnivlm_edge.model_file import inspect_file
 from omnivlm_edge.models import find_model
 from tiny_gguf import VisionShape
 
@@ -184,8 +186,9 @@ def test_memory_needed(tiny_model: Path) -> None:
     head = number("embedding_length") // number("attention.head_count")
     cache = 2 * number("block_count") * number("attention.head_count_kv") * head * 2  # float16
     sizes = files.text.stat().st_size + files.mmproj.stat().st_size
+    text, vision = inspect_file(files.text), inspect_file(files.mmproj)
     for n_ctx in (1, 2048):
-        assert doctor.memory_needed(files, n_ctx) == sizes + cache * n_ctx + 130_000_000
+        assert memory_needed(text, vision, n_ctx) == sizes + cache * n_ctx + 130_000_000
 
 
 @pytest.mark.parametrize(("free", "status"), [(50 * GB, "ok"), (GB, "warning")])
@@ -210,25 +213,6 @@ def test_disk_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "Permission denied" in check.detail
 
 
-@pytest.mark.parametrize(
-    ("environment", "directory"),
-    [
-        ({"HF_HUB_CACHE": "/a", "HF_HOME": "/b"}, "/a"),
-        ({"HF_HOME": "/b"}, "/b/hub"),
-        ({"XDG_CACHE_HOME": "/c"}, "/c/huggingface/hub"),
-        ({"HOME": "/home/me"}, "/home/me/.cache/huggingface/hub"),
-    ],
-)
-def test_disk_is_that_of_the_downloads(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], directory: str
-) -> None:
-    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert doctor._download_directory() == Path(directory)
-
-
 def test_compare() -> None:
     want = np.random.default_rng(1).normal(size=(9, 16)).astype(np.float32)
     same = doctor.compare(want, want, "CUDA0", 0.01)
@@ -245,7 +229,7 @@ def test_compare() -> None:
 def test_quantized_weights_may_differ_more(tmp_path: Path, dtype: str, quantized: bool) -> None:
     shape = VisionShape(image_size=84, n_embd=128, n_head=2, n_ff=512, n_proj=256)
     path = tiny_gguf.write_mmproj(tmp_path / "mmproj.gguf", shape, dtype=dtype)
-    assert doctor.is_quantized(path) is quantized
+    assert (inspect_file(path).quantization == "Q8_0") is quantized
     pixels = np.random.default_rng(1).uniform(-1, 1, (1, 3, 84, 84)).astype(np.float32)
     got, want = (
         _native.VisionEncoder(os.fsencode(path), "CPU", 2, flash).encode(pixels)[0]

@@ -9,6 +9,7 @@ import pytest
 
 from omnivlm_edge import ModelFileError
 from omnivlm_edge.models import find_model
+from tiny_gguf import VisionShape, write_gguf, write_mmproj
 
 
 @pytest.fixture
@@ -63,7 +64,38 @@ def test_vision_file_as_model(model: Path) -> None:
         find_model(model / "a.gguf")
 
 
-def test_damaged_file_in_the_directory(model: Path) -> None:
-    (model / "z.gguf").write_bytes(b"GGUF but not really")
-    with pytest.raises(ModelFileError, match=r"z\.gguf: is damaged"):
-        find_model(model)
+def test_files_of_no_use_do_not_stand_in_the_way(model: Path, tmp_path: Path) -> None:
+    (model / "damaged.gguf").write_bytes(b"GGUF but not really")
+    (model / "empty.gguf").touch()
+    write_gguf(
+        model / "llava.gguf", {"general.architecture": "clip", "clip.projector_type": "mlp"}, {}
+    )
+    write_gguf(model / "unknown.gguf", {"general.architecture": "whisper"}, {})
+    other = {"general.architecture": "llama", "llama.embedding_length": 7}
+    write_gguf(model / "other width.gguf", other, {})
+    write_mmproj(model / "other mmproj.gguf", VisionShape(n_text=9))
+    files = find_model(model)
+    assert (files.text, files.mmproj) == (model / "mmproj-b.gguf", model / "a.gguf")
+    assert find_model(files.text) == files
+
+
+def test_files_of_no_use_are_named_when_there_is_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "z.gguf").write_bytes(b"GGUF but not really")
+    keys = {"general.architecture": "clip", "clip.projector_type": "mlp"}
+    write_gguf(tmp_path / "llava.gguf", keys, {})
+    with pytest.raises(
+        ModelFileError, match=r"z\.gguf: is GGUF version|z\.gguf: is damaged"
+    ) as caught:
+        find_model(tmp_path)
+    assert "llava.gguf: is a clip file with projector type 'mlp'" in str(caught.value)
+
+
+def test_a_path_wins_only_if_written_as_one(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model, tmp_path / "cwd" / "omnivision")
+    monkeypatch.chdir(tmp_path / "cwd")
+    assert find_model("./omnivision").text == Path("omnivision/mmproj-b.gguf")
+    assert find_model(Path("omnivision")).text == Path("omnivision/mmproj-b.gguf")
+    with pytest.raises(ModelFileError, match="omnivision: is not on this machine"):
+        find_model("omnivision", offline=True)

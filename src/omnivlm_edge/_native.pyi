@@ -85,10 +85,6 @@ class TextFile:
     def quantized(self) -> bool:
         """Some of its tensors are."""
 
-    @property
-    def cache_width(self) -> int:
-        """Values that one position adds to the key-value cache."""
-
 class VisionEncoder:
     """The vision path of one mmproj file on one device."""
 
@@ -111,11 +107,6 @@ def backends() -> list[str]:
     """
 
 def ggml_version() -> str: ...
-
-def gguf_architecture(path: bytes) -> str:
-    """
-    The value of general.architecture. Raises ModelFileError when the file is no whole GGUF file.
-    """
 
 def inspect_text_file(path: bytes) -> TextFile:
     """

@@ -1,4 +1,4 @@
-"""Encoded pictures, kept in memory and on disk, and the hashes that say which model they are of.
+"""Encoded pictures, kept in memory and on disk.
 
 Nothing here is ever needed: what is missing, damaged or not writable is computed again.
 """
@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import tempfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from .files import write_whole
 
 MEMORY_ENTRIES = 32  # 9 MB of 81 x 896 floats
 DISK_BYTES = 256_000_000  # 880 pictures of 81 x 896 floats
@@ -53,8 +53,9 @@ class EmbeddingCache:
         self._remember(key, data)
         if self._directory is not None:
             content = np.ascontiguousarray(data, "<f4").tobytes()
-            _write(self._directory / key, hashlib.sha256(content).digest() + content)
-            _prune(self._directory)
+            with contextlib.suppress(OSError):
+                write_whole(self._directory / key, hashlib.sha256(content).digest() + content)
+                _prune(self._directory)
 
     def _remember(self, key: str, data: npt.NDArray[np.float32]) -> None:
         self._memory[key] = data
@@ -78,58 +79,11 @@ class EmbeddingCache:
         return np.frombuffer(values, "<f4").reshape(self._shape).astype(np.float32, copy=False)
 
 
-def file_sha256(path: Path, memo: Path | None) -> str:
-    """The SHA-256 of a file, in hex; remembered in the file `memo` until size or time change."""
-    stat = path.stat()
-    name, identity = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-    *known, digest = _read_memo(memo).get(name, [""])
-    if known == identity:
-        return str(digest)
-    digest = _sha256(path)
-    if memo is not None:
-        entries = {**_read_memo(memo), name: [*identity, digest]}
-        entries = {name: entry for name, entry in entries.items() if Path(name).exists()}
-        _write(memo, json.dumps(entries, indent=0).encode())
-    return digest
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _read_memo(memo: Path | None) -> dict[str, list[object]]:
-    try:
-        known = json.loads(memo.read_bytes()) if memo is not None else {}
-    except (OSError, ValueError):
-        return {}
-    entries = known.items() if isinstance(known, dict) else ()
-    return {name: entry for name, entry in entries if isinstance(entry, list)}
-
-
-def _write(path: Path, content: bytes) -> None:
-    """The whole file or none, whoever else writes it at the same time."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # pictures are private
-        descriptor, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-
-
 def _prune(directory: Path) -> None:
-    with contextlib.suppress(OSError):
-        files = [(entry.stat(), entry.path) for entry in os.scandir(directory)]
-        excess = sum(stat.st_size for stat, _ in files) - DISK_BYTES
-        for stat, path in sorted(files, key=lambda file: file[0].st_mtime_ns):
-            if excess <= 0:
-                break
-            os.unlink(path)
-            excess -= stat.st_size
+    files = [(entry.stat(), entry.path) for entry in os.scandir(directory)]
+    excess = sum(stat.st_size for stat, _ in files) - DISK_BYTES
+    for stat, path in sorted(files, key=lambda file: file[0].st_mtime_ns):
+        if excess <= 0:
+            break
+        os.unlink(path)
+        excess -= stat.st_size

@@ -18,8 +18,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import psutil
-from gguf import GGMLQuantizationType as GGMLType
-from gguf import GGUFReader
 from PIL import Image, ImageDraw
 
 from . import _native
@@ -28,7 +26,10 @@ from .decoder import system_info
 from .device import available_devices, check_threads, select_device
 from .engine import OmniVLM
 from .errors import OmniVLMError
+from .hub import downloads_dir
 from .image import normalise, resize
+from .memory import ALLOWANCE, memory_needed
+from .model_file import inspect_file
 from .models import find_model
 from .values import GenerateOptions, ModelFiles
 
@@ -36,7 +37,6 @@ Status = Literal["ok", "warning", "problem"]
 
 PACKAGES = "omnivlm-edge llama-cpp-python gguf numpy pillow huggingface_hub".split()
 N_CTX = 2048  # the default of `run`
-ALLOWANCE = 130_000_000  # bytes for Python, the libraries and the activations
 # Largest relative error of an embedding. Two kinds of attention on one CPU differ by 0.0006 at the
 # published sizes in F16, by 0.005 in BF16, and by 0.02 where quantized weights make ggml round the
 # activations to 8 bits.
@@ -93,16 +93,6 @@ def probe(root: Path = Path("/")) -> Hardware:
     )
 
 
-def memory_needed(files: ModelFiles, n_ctx: int) -> int:
-    """Bytes that a model takes: weights, key-value cache (float16) and an allowance for the rest.
-
-    Raises ModelFileError when the text model's file cannot be used.
-    """
-    cache_width = _native.inspect_text_file(os.fsencode(files.text)).cache_width
-    weights = files.text.stat().st_size + files.mmproj.stat().st_size
-    return weights + 2 * cache_width * n_ctx + ALLOWANCE
-
-
 def examine(
     model: str | os.PathLike[str] = "demo",
     mmproj: str | os.PathLike[str] | None = None,
@@ -121,7 +111,7 @@ def examine(
     yield Check("ggml", "ok", f"{_native.ggml_version()}; {system_info().replace(' = 1', '')}")
     yield Check("devices", "ok", "; ".join(map(_describe, devices)))
     yield gpu_check(hardware, _native.backends(), devices)
-    yield disk_check(_download_directory())
+    yield disk_check(downloads_dir())
     try:
         chosen = select_device(device)
     except OmniVLMError as exc:
@@ -129,13 +119,14 @@ def examine(
         yield Check("device", "problem", str(exc), advice)
         return
     try:
-        files = find_model(model, mmproj)
-        needed = memory_needed(files, N_CTX)
+        files = find_model(model, mmproj, offline=True)
+        vision = inspect_file(files.mmproj)
+        needed = memory_needed(inspect_file(files.text), vision, N_CTX)
     except OmniVLMError as exc:
         yield Check("model", "problem", str(exc), "check MODEL and --mmproj")
         return
     yield Check("model", "ok", f"{files.text} and {files.mmproj}")
-    yield from memory_checks(hardware, chosen, needed, files.mmproj.stat().st_size)
+    yield from memory_checks(hardware, chosen, needed, vision.size)
     try:
         yield from _model_checks(files, chosen)
         yield _answer_check(chosen)
@@ -215,12 +206,6 @@ def disk_check(directory: Path) -> Check:
         advice = "free some space, or set HF_HOME to a directory on a larger disk"
         return Check("disk", "warning", detail, advice)
     return Check("disk", "ok", detail)
-
-
-def is_quantized(mmproj: Path) -> bool:
-    """Whether any of a vision file's weights are; the file must be a sound one."""
-    floats = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
-    return any(tensor.tensor_type not in floats for tensor in GGUFReader(mmproj).tensors)
 
 
 def compare(
@@ -305,13 +290,6 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-def _download_directory() -> Path:
-    """Where huggingface_hub keeps its files (its documentation, "Environment variables")."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser().absolute()
-
-
 def _model_checks(files: ModelFiles, device: Device) -> Iterator[Check]:
     """Where the model's weights are, and what its vision path computes there."""
     _native.take_log_placement()
@@ -327,7 +305,9 @@ def _model_checks(files: ModelFiles, device: Device) -> Iterator[Check]:
     pixels = normalise(resize(picture, h.image_size), h.image_mean, h.image_std)
     want = reference.encode(pixels[None])[0]
     what = f"{device.name} against explicit attention on the CPU"
-    limit = MAX_ERROR_QUANTIZED if is_quantized(files.mmproj) else MAX_ERROR
+    floats = ("F32", "F16", "BF16")
+    exact = inspect_file(files.mmproj).quantization in floats
+    limit = MAX_ERROR if exact else MAX_ERROR_QUANTIZED
     yield compare(got, want, what, limit)
 
 

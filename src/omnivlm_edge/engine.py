@@ -22,11 +22,12 @@ import numpy.typing as npt
 
 from . import image as images
 from . import prompt as prompts
-from .cache import EmbeddingCache, file_sha256
+from .cache import EmbeddingCache
 from .chat import Chat, Images
 from .decoder import Embeddings, TextDecoder, Tokens
 from .device import check_threads, select_device
 from .errors import ClosedError, ContextOverflowError, ModelFileError, OptionError
+from .files import remembered_digest
 from .image import ImageSource
 from .models import find_model
 from .paths import cache_dir
@@ -40,8 +41,8 @@ class OmniVLM:
     """An OmniVLM model, loaded once, that answers questions about pictures.
 
     Args:
-        model: `demo`, a published model's name, a directory with the two files, or the text model's
-            GGUF file (see `models.find_model`).
+        model: `demo`, a published model's name such as `omnivision:q8_0` (downloaded when it is
+            not here yet), a directory with the two files, or the text model's GGUF file.
         mmproj: the vision file; found beside the text model when it is left out.
         variant: prompt variant, for files that name none (see `prompt.VARIANTS`).
         device: `auto`, `cpu`, `cuda`, `metal`, `vulkan` or a device name of ggml.
@@ -122,7 +123,8 @@ class OmniVLM:
     def file_hashes(self) -> dict[Path, str]:
         """The SHA-256 of both files, in hex. The first time it reads them whole."""
         return {
-            path: file_sha256(path, self._hashes) for path in (self.files.text, self.files.mmproj)
+            path: remembered_digest(path, self._hashes)
+            for path in (self.files.text, self.files.mmproj)
         }
 
     def encode(self, image: ImageSource) -> ImageEmbedding:
@@ -272,7 +274,7 @@ class OmniVLM:
 
     def _cache_key(self, pixels: npt.NDArray[np.uint8]) -> str:
         if not self._cache_scope:
-            mmproj = file_sha256(self.files.mmproj, self._hashes)
+            mmproj = remembered_digest(self.files.mmproj, self._hashes)
             scope = (version("omnivlm-edge"), mmproj, self.vision_device)
             self._cache_scope = "\n".join(scope).encode()
         digest = hashlib.sha256(self._cache_scope)

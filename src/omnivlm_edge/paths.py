@@ -1,4 +1,4 @@
-"""Where this package keeps files of its own: under OMNIVLM_HOME, or the system's usual places."""
+"""Where our own files live. OMNIVLM_HOME, when set, holds them all."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from pathlib import Path
 
 import platformdirs
 
+_NAME = "omnivlm-edge"
+
 
 def models_dir() -> Path:
-    """Converted and quantized models: `OMNIVLM_HOME/models`, or the user's data directory."""
+    """The directory of the models that were made here."""
     home = os.environ.get("OMNIVLM_HOME")
-    base = Path(home) if home else platformdirs.user_data_path("omnivlm-edge")
-    return base / "models"
+    return (Path(home) if home else platformdirs.user_data_path(_NAME, appauthor=False)) / "models"
 
 
 def cache_dir() -> Path:
-    """What can be computed again: `OMNIVLM_HOME/cache`, or the user's cache directory."""
+    """The directory of what may be deleted at any time."""
     home = os.environ.get("OMNIVLM_HOME")
-    return Path(home) / "cache" if home else platformdirs.user_cache_path("omnivlm-edge")
+    return Path(home) / "cache" if home else platformdirs.user_cache_path(_NAME, appauthor=False)

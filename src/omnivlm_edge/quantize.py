@@ -30,7 +30,7 @@ from .convert.mmproj import open_gguf, read_tensor, row_major_shape
 from .convert.output import OutFile, OutTensor, publishing, write_gguf
 from .device import check_threads, select_device
 from .errors import ModelFileError
-from .models import MMPROJ_ARCHITECTURES
+from .model_file import inspect_file
 from .recipes import RECIPES, recipe_name
 from .vision import Vision
 
@@ -85,7 +85,7 @@ def output_name(source: Path, type_name: str) -> str:
 
 
 def _is_vision(source: Path) -> bool:
-    return _native.gguf_architecture(os.fsencode(source)) in MMPROJ_ARCHITECTURES
+    return inspect_file(source).kind == "vision"
 
 
 def _file_type(name: str) -> LlamaFileType:

@@ -19,20 +19,25 @@ from .convert import convert
 from .doctor import doctor
 from .quantize import quantize
 from .run import run
+from .store import ls, pull, rm, show
+
+ALIASES = {"list": "ls", "remove": "rm"}
 
 EPILOG = """\b
 Examples:
-  omnivlm-edge run demo -i photo.jpg -p "What is in the picture?"
+  omnivlm-edge run omnivision -i photo.jpg -p "What is in the picture?"
   omnivlm-edge run demo
+  omnivlm-edge quantize omnivision small --q4_k_m
   omnivlm-edge doctor
-  omnivlm-edge completion bash
 
 \b
 Environment:
   OMNIVLM_...      sets the option whose help names the variable; the option
                    itself, given on the command line, wins
-  HF_HOME, HF_HUB_CACHE
-                   where downloaded models are kept
+  OMNIVLM_HOME     where models made here and the cache of encoded pictures are
+                   kept [default: the system's directories for such things]
+  HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE
+                   where downloaded models come from and are kept
                    [default: ~/.cache/huggingface]
 
 \b
@@ -46,18 +51,25 @@ Files:
 """
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
+class _Group(click.Group):
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.version_option(package_name="omnivlm-edge")
 def cli() -> None:
     """Ask small vision-language models about pictures, on your own machine."""
 
 
-for command in (run, quantize, convert, doctor, completion):
+for command in (run, pull, ls, show, rm, quantize, convert, doctor, completion):
     cli.add_command(command)
 
 
 def main() -> NoReturn:
     """Runs the command and maps every outcome to an exit code."""
+    # huggingface_hub's warnings are for programmers; our errors say what a user needs to know.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     sys.exit(_outcome())
 
 

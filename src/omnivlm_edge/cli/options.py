@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +23,26 @@ def setting(*names: str, **attributes: Any) -> Decorator:
 
 def model_argument(**attributes: Any) -> Decorator:
     """The argument MODEL, which a shell completes to known names, files and directories."""
-    return click.argument("model", shell_complete=_complete_model, **attributes)
+    return click.argument("model", shell_complete=complete_model, **attributes)
 
 
-def _complete_model(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_model(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Known names, and files and directories."""
     # The file entry comes first, because bash's script forgets what came before it. bash goes on to
     # files when no name fits; zsh and fish offer both.
     names = [CompletionItem(name) for name in MODEL_NAMES if name.startswith(incomplete)]
     return [CompletionItem(incomplete, type="file"), *names]
+
+
+def note(message: str) -> None:
+    """Says something that is no answer."""
+    click.echo(message, err=True)
+
+
+def consent(yes: bool) -> Callable[[str], bool]:
+    """Who answers a question: --yes, or the user where there is a terminal, or else nobody."""
+
+    def ask(question: str) -> bool:
+        return yes or (sys.stdin.isatty() and click.confirm(question, err=True))
+
+    return ask

@@ -35,10 +35,12 @@ def quantize(
 
     MODEL is `demo`, a directory that holds a text model and its mmproj, or one of the two files
     alone. The result goes into the directory OUT, which is the source's own when left out (the
-    current one for `demo`). Name the type as `--type q4_k_m`, or `--q4_k_m` for short.
+    current one for `demo` and other names). Name the type as `--type q4_k_m`, or `--q4_k_m` for
+    short.
     """
     from tqdm import tqdm
 
+    from ..hub import parse_reference
     from ..models import find_model
     from ..quantize import output_name, quantize_file
 
@@ -48,8 +50,9 @@ def quantize(
     else:
         files = find_model(model)
         sources = [files.text, files.mmproj]
-    if out is None:
-        out = Path() if model == "demo" else sources[0].parent
+    if out is None:  # a name's files lie where nobody looks for new ones
+        named = model == "demo" or parse_reference(model) is not None
+        out = Path() if named else sources[0].parent
     before = after = 0
     for source in sources:
         output = out / output_name(source, name)

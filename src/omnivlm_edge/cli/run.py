@@ -8,7 +8,7 @@ import click
 
 from ..errors import OptionError
 from ..values import MAX_SEED, GenerateOptions
-from .options import model_argument, setting
+from .options import consent, model_argument, note, setting
 from .output import Output, describe
 
 DEFAULTS = GenerateOptions()
@@ -107,6 +107,8 @@ DEFAULTS = GenerateOptions()
 @setting("--no-mmproj-offload", is_flag=True, help="Encode pictures on the CPU.")
 @setting("--no-cache", is_flag=True, help="Keep no encoded pictures on disk.")
 @setting("--allow-private-urls", is_flag=True, help="Fetch pictures from private addresses too.")
+@setting("--offline", is_flag=True, help="Download no models.")
+@click.option("-y", "--yes", is_flag=True, help="Make here, once, what is not published.")
 def run(
     model: str,
     mmproj: Path | None,
@@ -133,12 +135,17 @@ def run(
     no_mmproj_offload: bool,
     no_cache: bool,
     allow_private_urls: bool,
+    offline: bool,
+    yes: bool,
 ) -> None:
     """Ask MODEL about pictures.
 
-    MODEL is `demo`, a directory that holds a text model and its mmproj, or the text model's GGUF
-    file. With -p, one question is answered: its pictures come first, in the order given. Without, a
-    chat starts; /help lists its commands.
+    MODEL is `demo`; a published model (omnivision, omnivision-ocr, omnivision-preview or
+    hf:USER/REPO, with a quantization if you like: omnivision:q8_0), downloaded once; a directory
+    that holds a text model and its mmproj; or the text model's GGUF file.
+
+    With -p, one question is answered: its pictures come first, in the order given. Without, a chat
+    starts; /help lists its commands.
     """
     if prompt is not None and not images:
         raise click.UsageError("a prompt needs a picture: add -i IMAGE")
@@ -169,10 +176,15 @@ def run(
     ]
 
     from ..engine import OmniVLM
+    from ..models import find_model
 
+    files = find_model(
+        model, mmproj, offline=offline, consent=consent(yes), make_vision=yes, notify=note
+    )
     with OmniVLM(
-        model,
-        mmproj,
+        files.text,
+        files.mmproj,
+        variant=files.variant,
         device=device,
         n_ctx=ctx_size,
         n_threads=threads,
