@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "omnivlm_edge"
 
 # Imports point downward only; each module names the ones that it may use.
-STAGES = {"image", "vision", "prompt", "decoder", "models", "device"}
+STAGES = {"image", "encoder", "prompt", "decoder", "models", "device"}
 ALLOWED = {
     "errors": set(),
     "values": {"errors"},
@@ -45,7 +45,8 @@ ALLOWED = {
     "memory": set(),
     "grammar": {"errors"},
     "chat": {"image", "values"},
-    "engine": STAGES | {"cache", "chat", "errors", "paths", "values"},
+    "encoder": {"_native", "cache", "errors", "image", "paths", "prompt", "values", "vision"},
+    "engine": STAGES | {"cache", "chat", "errors", "values"},
     "doctor": {"_native", "decoder", "device", "engine", "errors", "image", "models", "values"},
     "cli": {
         *("convert", "doctor", "engine", "errors", "grammar", "image", "memory", "models"),

@@ -225,7 +225,7 @@ class TextDecoder:
             self._step += 1
             for i, sequence in enumerate(sequences):
                 batch.token[i] = sequence.last_token
-                _set_position(batch, i, sequence, sequence.position, with_logits=True)
+                _set_position(batch, i, sequence.seq_id, sequence.position, with_logits=True)
             _check_decode(llama_cpp.llama_decode(context, batch))
             for i, sequence in enumerate(sequences):
                 self._cells[sequence.seq_id].append(sequence.last_token)
@@ -370,24 +370,20 @@ class TextDecoder:
     def _append(
         self, sequence: TokenSequence, chunk: Tokens | Embeddings, *, logits_from: int
     ) -> None:
-        is_text = isinstance(chunk, list)
-        batch = self._batch if is_text else llama_cpp.llama_batch_init(len(chunk), self.n_embd, 1)
-        try:
+        self._step += 1
+        if isinstance(chunk, list):
+            batch = self._batch
             batch.n_tokens = len(chunk)
-            if isinstance(chunk, list):
-                data = np.asarray(chunk, dtype=np.int32)
-                ctypes.memmove(batch.token, data.ctypes.data, data.nbytes)
-            else:
-                data = np.ascontiguousarray(chunk, dtype=np.float32)
-                ctypes.memmove(batch.embd, data.ctypes.data, data.nbytes)
+            data = np.asarray(chunk, dtype=np.int32)
+            ctypes.memmove(batch.token, data.ctypes.data, data.nbytes)
             for i in range(len(chunk)):
-                with_logits = i >= logits_from
-                _set_position(batch, i, sequence, sequence.position + i, with_logits=with_logits)
-            self._step += 1
+                position = sequence.position + i
+                _set_position(batch, i, sequence.seq_id, position, with_logits=i >= logits_from)
             _check_decode(llama_cpp.llama_decode(self._context, batch))
-        finally:
-            if not is_text:
-                llama_cpp.llama_batch_free(batch)
+        else:
+            decode_embeddings(
+                self._context, chunk, sequence.position, sequence.seq_id, logits_from=logits_from
+            )
         self._cells[sequence.seq_id] += _cells_of(chunk)
         sequence.position += len(chunk)
         if logits_from < len(chunk):
@@ -436,12 +432,29 @@ def _check_open(sequence: TokenSequence) -> None:
         raise ClosedError("the sequence was closed; open a new one")
 
 
-def _set_position(
-    batch: Any, i: int, sequence: TokenSequence, position: int, *, with_logits: bool
+def decode_embeddings(
+    context: Any, rows: Embeddings, start: int, seq_id: int, *, logits_from: int
 ) -> None:
+    """Puts embeddings into a llama.cpp context, in one batch, at the positions from `start` on.
+
+    Raises ContextOverflowError when they do not fit, DeviceError when llama.cpp fails.
+    """
+    batch = llama_cpp.llama_batch_init(len(rows), rows.shape[1], 1)
+    try:
+        batch.n_tokens = len(rows)
+        data = np.ascontiguousarray(rows, dtype=np.float32)
+        ctypes.memmove(batch.embd, data.ctypes.data, data.nbytes)
+        for i in range(len(rows)):
+            _set_position(batch, i, seq_id, start + i, with_logits=i >= logits_from)
+        _check_decode(llama_cpp.llama_decode(context, batch))
+    finally:
+        llama_cpp.llama_batch_free(batch)
+
+
+def _set_position(batch: Any, i: int, seq_id: int, position: int, *, with_logits: bool) -> None:
     batch.pos[i] = position
     batch.n_seq_id[i] = 1
-    batch.seq_id[i][0] = sequence.seq_id
+    batch.seq_id[i][0] = seq_id
     batch.logits[i] = with_logits
 
 
