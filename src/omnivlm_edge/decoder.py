@@ -141,7 +141,7 @@ class TextDecoder:
                 raise BusyError("another answer is still being generated; finish or close it first")
             grammar = None
             if options.grammar is not None:
-                grammar = _new_grammar(options.grammar, self._vocab)
+                grammar = new_grammar(options.grammar, self._vocab)
             sampler = _new_sampler(options, self._n_vocab)
             return TokenSequence(self._free_ids.pop(), sampler, grammar)
 
@@ -486,7 +486,11 @@ def _new_sampler(options: GenerateOptions, n_vocab: int) -> Any:
     return chain
 
 
-def _new_grammar(grammar: str, vocab: Any) -> Any:
+def new_grammar(grammar: str, vocab: Any) -> Any:
+    """A sampler that admits what a GBNF grammar describes; for `llama_cpp.llama_sampler_free`.
+
+    Raises OptionError when llama.cpp cannot use the grammar.
+    """
     take_log_error()
     sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
     if not sampler:
