@@ -123,7 +123,7 @@ class TextDecoder:
         with self._lock:
             self._open_context()
             for piece in pieces:
-                tokens += self._tokenize(piece, add_bos=start and not tokens)
+                tokens += tokenize(self._vocab, piece, add_bos=start and not tokens)
         return tokens
 
     def special_token(self, text: str) -> int:
@@ -335,26 +335,6 @@ class TextDecoder:
             for seq_id in self._free_ids:
                 self._forget(seq_id, 0)
 
-    def _tokenize(self, piece: Piece, *, add_bos: bool) -> Tokens:
-        try:
-            text = piece.text.encode()
-        except UnicodeEncodeError as exc:
-            raise OptionError("the prompt is not valid text: it must be UTF-8") from exc
-        capacity = len(text) + 2  # a token is at least one byte; BOS and EOS at most
-        buffer = (llama_cpp.llama_token * capacity)()
-        count = llama_cpp.llama_tokenize(
-            self._vocab, text, len(text), buffer, capacity, add_bos, piece.special
-        )
-        if piece.special and (count != 1 + (add_bos and self._adds_bos())):
-            raise ModelFileError(
-                f"the text model's vocabulary has no token {piece.text}: "
-                "it does not belong to an OmniVLM model with this prompt variant"
-            )
-        return list(buffer[:count])
-
-    def _adds_bos(self) -> bool:
-        return bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
-
     def _piece(self, token: int) -> bytes:
         buffer = self._piece_buffer
         size = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
@@ -388,6 +368,30 @@ class TextDecoder:
         sequence.position += len(chunk)
         if logits_from < len(chunk):
             sequence._output_index, sequence._step = len(chunk) - 1, self._step
+
+
+def tokenize(vocab: Any, piece: Piece, *, add_bos: bool) -> Tokens:
+    """One piece of a prompt -> token ids; see `TextDecoder.tokenize`.
+
+    `vocab` is llama.cpp's. Raises OptionError for text that is not UTF-8, ModelFileError when the
+    vocabulary lacks a control token.
+    """
+    try:
+        text = piece.text.encode()
+    except UnicodeEncodeError as exc:
+        raise OptionError("the prompt is not valid text: it must be UTF-8") from exc
+    capacity = len(text) + 2  # a token is at least one byte; BOS and EOS at most
+    buffer = (llama_cpp.llama_token * capacity)()
+    count = llama_cpp.llama_tokenize(
+        vocab, text, len(text), buffer, capacity, add_bos, piece.special
+    )
+    n_bos = add_bos and bool(llama_cpp.llama_vocab_get_add_bos(vocab))
+    if piece.special and count != 1 + n_bos:
+        raise ModelFileError(
+            f"the text model's vocabulary has no token {piece.text}: "
+            "it does not belong to an OmniVLM model with this prompt variant"
+        )
+    return list(buffer[:count])
 
 
 def _cells_of(part: Tokens | Embeddings) -> list[Cell]:

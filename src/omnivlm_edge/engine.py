@@ -24,9 +24,15 @@ from .encoder import PictureEncoder
 from .errors import ClosedError, ContextOverflowError, OptionError
 from .image import ImageSource
 from .models import find_model
-from .values import Answer, FinishReason, GenerateOptions, ImageEmbedding, Timings, Turn
-
-DEFAULT_MAX_TOKENS = 512
+from .values import (
+    DEFAULT_MAX_TOKENS,
+    Answer,
+    FinishReason,
+    GenerateOptions,
+    ImageEmbedding,
+    Timings,
+    Turn,
+)
 
 
 class OmniVLM:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .errors import OptionError
 
+DEFAULT_MAX_TOKENS = 512  # or what the context has room for
 MAX_SEED = 2**32 - 2  # one less than llama.cpp's seeds: its largest means "random"
 
 FinishReason = Literal["stop", "length"]
