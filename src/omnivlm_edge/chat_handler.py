@@ -27,6 +27,8 @@ from .grammar import json_schema_grammar
 from .sources import read_address
 from .values import DEFAULT_MAX_TOKENS, Turn
 
+# llama-cpp-python goes on past max_tokens until a character of up to four tokens is complete.
+_SPARE = 3
 _IM_START = prompts.Piece("<|im_start|>", special=True)
 _HEADER = "assistant\n"  # what stands behind it when a model writes its own turn header
 
@@ -36,9 +38,9 @@ class OmniVLMChatHandler:
 
     `create_chat_completion` then takes messages with `image_url` parts: `data:` URIs and http(s)
     addresses, never files. A picture is encoded once; of a prompt, only what differs from what is
-    in the context already is computed. `max_tokens` None means 512, or what the context has room
-    for; `response_format` takes `json_object` (with or without a schema) and `json_schema`; `tools`
-    and `functions` are refused.
+    in the context already is computed. `max_tokens` None means 512, and no number more than what
+    the context has room for; `response_format` takes `json_object` (with or without a schema) and
+    `json_schema`; `tools` and `functions` are refused.
 
     Args:
         mmproj: the vision file.
@@ -84,22 +86,23 @@ class OmniVLMChatHandler:
         logprobs: bool | None = None,
         top_logprobs: int | None = None,
         tools: object = None,
-        tool_choice: object = None,
         functions: object = None,
+        tool_choice: object = None,  # means nothing without tools
         function_call: object = None,
         **sampling: Any,
     ) -> Any:
         """What `Llama.create_chat_completion` calls: an OpenAI response, or its chunks."""
         if tools or functions:
             raise OptionError("OmniVLM cannot call tools: leave tools and functions out")
+        grammar = _response_grammar(llama, response_format) or grammar
         ids, pictures = self._tokenize(llama, messages)
-        if max_tokens is None:
-            max_tokens = min(DEFAULT_MAX_TOKENS, llama.n_ctx() - len(ids))
+        room = llama.n_ctx() - len(ids) - _SPARE
+        wanted = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
         settings = {
             **sampling,
             "stream": stream,
-            "max_tokens": max_tokens,
-            "grammar": _response_grammar(llama, response_format) or grammar,
+            "max_tokens": min(wanted, room) if wanted > 0 else room,
+            "grammar": grammar,
             "logprobs": top_logprobs if logprobs else None,
         }
         completions = self._complete(llama, ids, pictures, settings)
@@ -125,7 +128,7 @@ class OmniVLMChatHandler:
             if isinstance(part, prompts.Piece)
         ]
         total = sum(hparams.n_tokens if part is None else len(part) for part in parts)
-        if total >= llama.n_ctx():
+        if total + _SPARE >= llama.n_ctx():
             raise ContextOverflowError(
                 f"the prompt ({total} positions) and an answer do not fit into the context of "
                 f"{llama.n_ctx()}: shorten the prompt or raise n_ctx"
