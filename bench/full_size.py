@@ -74,19 +74,26 @@ def measure(
     text: Path, mmproj: Path, photo: Path, repeats: int, threads: int, device: str
 ) -> dict[str, Any]:
     """Seconds of every stage (minimum and median) and the peak memory up to and in each phase."""
+    from PIL import Image
+
     from omnivlm_edge import GenerateOptions, OmniVLM
+    from omnivlm_edge.memory import peak_rss
 
     seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
     peak: dict[str, int] = {}
-    with OmniVLM(text, mmproj, device=device, n_threads=threads) as model:
-        peak["load"] = peak_rss_mb()
-        model.encode(photo)  # warm-up: maps the file's pages and plans the graph
-        for _ in range(repeats):
-            picture = model.encode(photo)
-            peak["encode"] = peak_rss_mb()
+    with OmniVLM(text, mmproj, device=device, n_threads=threads, disk_cache=False) as model:
+        peak["load"] = round(peak_rss() / 1e6)
+        # Each time a picture that was not seen before; the first maps the file's pages and plans.
+        pictures = [Image.open(photo).rotate(turn) for turn in range(repeats + 1)]
+        model.encode(pictures.pop())
+        for image in pictures:
+            picture = model.encode(image)
+            peak["encode"] = round(peak_rss() / 1e6)
             answer = model.answer(picture, QUESTION, GenerateOptions(max_tokens=MAX_TOKENS))
-            peak["answer"] = peak_rss_mb()
-            for stage in STAGES:
+            peak["answer"] = round(peak_rss() / 1e6)
+            seconds["preprocess"].append(picture.preprocess_seconds)
+            seconds["encode"].append(picture.encode_seconds)
+            for stage in ("load", "prefill", "decode"):
                 seconds[stage].append(getattr(answer.timings, stage))
     return {
         "prompt_tokens": answer.prompt_tokens,
@@ -109,17 +116,10 @@ def in_child(function: Any, *arguments: Any) -> Any:
 def command_line(text: Path, mmproj: Path, photo: Path, threads: int, device: str) -> float:
     """Wall-clock seconds of `omnivlm-edge run`, from nothing to the last token."""
     command = [sys.executable, "-m", "omnivlm_edge", "run", text, "--mmproj", mmproj, "-i", photo]
-    command += ["-p", QUESTION, "-n", MAX_TOKENS, "--device", device, "-t", threads]
+    command += ["-p", QUESTION, "-n", MAX_TOKENS, "--device", device, "-t", threads, "--no-cache"]
     started = time.perf_counter()
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
     return round(time.perf_counter() - started, 3)
-
-
-def peak_rss_mb() -> int:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6)
 
 
 def megabytes(path: Path) -> float:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fake_hub import COMMAND, Cli, FakeHub
+from command import COMMAND
+from fake_hub import Cli, FakeHub
 from omnivlm_edge import OmniVLM
 from omnivlm_edge.convert import convert_checkpoint
 from tiny_checkpoint import write_checkpoint

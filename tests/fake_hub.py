@@ -24,7 +24,6 @@ import gguf
 
 DEMO = Path(__file__).parents[1] / "src" / "omnivlm_edge" / "demo"
 REPO = "NexaAI/OmniVLM-968M"
-COMMAND = [sys.executable, "-m", "omnivlm_edge"]
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 

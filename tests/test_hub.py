@@ -13,8 +13,8 @@ from pathlib import Path
 import pexpect
 import pytest
 
+from command import COMMAND
 from fake_hub import (
-    COMMAND,
     DEMO,
     MAKE,
     REPO,
@@ -354,7 +354,7 @@ def test_made_once_and_again_when_the_source_changed(
     text, vision = pulled(python(hub_env, MAKE.format(vision=True)))
     name = "omnivision-text-optimized-llm-Q4_K_M.gguf"
     assert text == made / sha256(hub.repos[REPO][source])[:12] / name
-    assert vision.name == "omnivision-text-optimized-mmproj-Q4_K_M.gguf"
+    assert vision.name == "mmproj-omnivision-text-optimized-Q4_K_M.gguf"
     hub.requests.clear()
     assert pulled(hub_cli("pull", "omnivision:q4_k_m")) == [text, vision]
     assert hub.downloads() == []

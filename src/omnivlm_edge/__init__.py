@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .chat import Chat as Chat
+    from .chat_handler import OmniVLMChatHandler as OmniVLMChatHandler
     from .device import available_devices as available_devices
     from .engine import OmniVLM as OmniVLM
     from .errors import BusyError as BusyError
@@ -49,6 +50,7 @@ _HOME = {
     "ModelFileError": "errors",
     "ModelFiles": "values",
     "OmniVLM": "engine",
+    "OmniVLMChatHandler": "chat_handler",
     "OmniVLMError": "errors",
     "OptionError": "errors",
     "Timings": "values",

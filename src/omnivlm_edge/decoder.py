@@ -123,7 +123,7 @@ class TextDecoder:
         with self._lock:
             self._open_context()
             for piece in pieces:
-                tokens += self._tokenize(piece, add_bos=start and not tokens)
+                tokens += tokenize(self._vocab, piece, add_bos=start and not tokens)
         return tokens
 
     def special_token(self, text: str) -> int:
@@ -141,7 +141,7 @@ class TextDecoder:
                 raise BusyError("another answer is still being generated; finish or close it first")
             grammar = None
             if options.grammar is not None:
-                grammar = _new_grammar(options.grammar, self._vocab)
+                grammar = new_grammar(options.grammar, self._vocab)
             sampler = _new_sampler(options, self._n_vocab)
             return TokenSequence(self._free_ids.pop(), sampler, grammar)
 
@@ -225,7 +225,7 @@ class TextDecoder:
             self._step += 1
             for i, sequence in enumerate(sequences):
                 batch.token[i] = sequence.last_token
-                _set_position(batch, i, sequence, sequence.position, with_logits=True)
+                _set_position(batch, i, sequence.seq_id, sequence.position, with_logits=True)
             _check_decode(llama_cpp.llama_decode(context, batch))
             for i, sequence in enumerate(sequences):
                 self._cells[sequence.seq_id].append(sequence.last_token)
@@ -335,26 +335,6 @@ class TextDecoder:
             for seq_id in self._free_ids:
                 self._forget(seq_id, 0)
 
-    def _tokenize(self, piece: Piece, *, add_bos: bool) -> Tokens:
-        try:
-            text = piece.text.encode()
-        except UnicodeEncodeError as exc:
-            raise OptionError("the prompt is not valid text: it must be UTF-8") from exc
-        capacity = len(text) + 2  # a token is at least one byte; BOS and EOS at most
-        buffer = (llama_cpp.llama_token * capacity)()
-        count = llama_cpp.llama_tokenize(
-            self._vocab, text, len(text), buffer, capacity, add_bos, piece.special
-        )
-        if piece.special and (count != 1 + (add_bos and self._adds_bos())):
-            raise ModelFileError(
-                f"the text model's vocabulary has no token {piece.text}: "
-                "it does not belong to an OmniVLM model with this prompt variant"
-            )
-        return list(buffer[:count])
-
-    def _adds_bos(self) -> bool:
-        return bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
-
     def _piece(self, token: int) -> bytes:
         buffer = self._piece_buffer
         size = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
@@ -370,28 +350,48 @@ class TextDecoder:
     def _append(
         self, sequence: TokenSequence, chunk: Tokens | Embeddings, *, logits_from: int
     ) -> None:
-        is_text = isinstance(chunk, list)
-        batch = self._batch if is_text else llama_cpp.llama_batch_init(len(chunk), self.n_embd, 1)
-        try:
+        self._step += 1
+        if isinstance(chunk, list):
+            batch = self._batch
             batch.n_tokens = len(chunk)
-            if isinstance(chunk, list):
-                data = np.asarray(chunk, dtype=np.int32)
-                ctypes.memmove(batch.token, data.ctypes.data, data.nbytes)
-            else:
-                data = np.ascontiguousarray(chunk, dtype=np.float32)
-                ctypes.memmove(batch.embd, data.ctypes.data, data.nbytes)
+            data = np.asarray(chunk, dtype=np.int32)
+            ctypes.memmove(batch.token, data.ctypes.data, data.nbytes)
             for i in range(len(chunk)):
-                with_logits = i >= logits_from
-                _set_position(batch, i, sequence, sequence.position + i, with_logits=with_logits)
-            self._step += 1
+                position = sequence.position + i
+                _set_position(batch, i, sequence.seq_id, position, with_logits=i >= logits_from)
             _check_decode(llama_cpp.llama_decode(self._context, batch))
-        finally:
-            if not is_text:
-                llama_cpp.llama_batch_free(batch)
+        else:
+            decode_embeddings(
+                self._context, chunk, sequence.position, sequence.seq_id, logits_from=logits_from
+            )
         self._cells[sequence.seq_id] += _cells_of(chunk)
         sequence.position += len(chunk)
         if logits_from < len(chunk):
             sequence._output_index, sequence._step = len(chunk) - 1, self._step
+
+
+def tokenize(vocab: Any, piece: Piece, *, add_bos: bool) -> Tokens:
+    """One piece of a prompt -> token ids; see `TextDecoder.tokenize`.
+
+    `vocab` is llama.cpp's. Raises OptionError for text that is not UTF-8, ModelFileError when the
+    vocabulary lacks a control token.
+    """
+    try:
+        text = piece.text.encode()
+    except UnicodeEncodeError as exc:
+        raise OptionError("the prompt is not valid text: it must be UTF-8") from exc
+    capacity = len(text) + 2  # a token is at least one byte; BOS and EOS at most
+    buffer = (llama_cpp.llama_token * capacity)()
+    count = llama_cpp.llama_tokenize(
+        vocab, text, len(text), buffer, capacity, add_bos, piece.special
+    )
+    n_bos = add_bos and bool(llama_cpp.llama_vocab_get_add_bos(vocab))
+    if piece.special and count != 1 + n_bos:
+        raise ModelFileError(
+            f"the text model's vocabulary has no token {piece.text}: "
+            "it does not belong to an OmniVLM model with this prompt variant"
+        )
+    return list(buffer[:count])
 
 
 def _cells_of(part: Tokens | Embeddings) -> list[Cell]:
@@ -436,12 +436,29 @@ def _check_open(sequence: TokenSequence) -> None:
         raise ClosedError("the sequence was closed; open a new one")
 
 
-def _set_position(
-    batch: Any, i: int, sequence: TokenSequence, position: int, *, with_logits: bool
+def decode_embeddings(
+    context: Any, rows: Embeddings, start: int, seq_id: int, *, logits_from: int
 ) -> None:
+    """Puts embeddings into a llama.cpp context, in one batch, at the positions from `start` on.
+
+    Raises ContextOverflowError when they do not fit, DeviceError when llama.cpp fails.
+    """
+    batch = llama_cpp.llama_batch_init(len(rows), rows.shape[1], 1)
+    try:
+        batch.n_tokens = len(rows)
+        data = np.ascontiguousarray(rows, dtype=np.float32)
+        ctypes.memmove(batch.embd, data.ctypes.data, data.nbytes)
+        for i in range(len(rows)):
+            _set_position(batch, i, seq_id, start + i, with_logits=i >= logits_from)
+        _check_decode(llama_cpp.llama_decode(context, batch))
+    finally:
+        llama_cpp.llama_batch_free(batch)
+
+
+def _set_position(batch: Any, i: int, seq_id: int, position: int, *, with_logits: bool) -> None:
     batch.pos[i] = position
     batch.n_seq_id[i] = 1
-    batch.seq_id[i][0] = sequence.seq_id
+    batch.seq_id[i][0] = seq_id
     batch.logits[i] = with_logits
 
 
@@ -473,7 +490,11 @@ def _new_sampler(options: GenerateOptions, n_vocab: int) -> Any:
     return chain
 
 
-def _new_grammar(grammar: str, vocab: Any) -> Any:
+def new_grammar(grammar: str, vocab: Any) -> Any:
+    """A sampler that admits what a GBNF grammar describes; for `llama_cpp.llama_sampler_free`.
+
+    Raises OptionError when llama.cpp cannot use the grammar.
+    """
     take_log_error()
     sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
     if not sampler:

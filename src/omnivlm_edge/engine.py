@@ -1,40 +1,38 @@
 """The one file that knows the order of the stages.
 
 image -> preprocess -> vision encoder -> projector -> text decoder -> text
-image.py ------------- vision.py (native/) ---------- prompt.py, decoder.py
+encoder.py: image.py - vision.py (native/) ---------- prompt.py, decoder.py
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
-from . import image as images
 from . import prompt as prompts
-from .cache import EmbeddingCache
 from .chat import Chat, Images
 from .decoder import Embeddings, TextDecoder, Tokens
 from .device import check_threads, select_device
-from .errors import ClosedError, ContextOverflowError, ModelFileError, OptionError
+from .encoder import PictureEncoder
+from .errors import ClosedError, ContextOverflowError, OptionError
 from .files import remembered_digest
 from .image import ImageSource
 from .models import find_model
-from .paths import cache_dir
-from .values import Answer, FinishReason, GenerateOptions, ImageEmbedding, Timings, Turn
-from .vision import Vision
-
-DEFAULT_MAX_TOKENS = 512
+from .values import (
+    DEFAULT_MAX_TOKENS,
+    Answer,
+    FinishReason,
+    GenerateOptions,
+    ImageEmbedding,
+    Timings,
+    Turn,
+)
 
 
 class OmniVLM:
@@ -79,27 +77,14 @@ class OmniVLM:
         chosen = select_device(device)
         vision_device = chosen if mmproj_offload else select_device("cpu")
 
-        self._vision: Vision | None = Vision(files.mmproj, vision_device, threads)
-        hparams = self._vision.hparams
-        self._variant = prompts.check_variant(
-            files.variant
-            if files.variant is not None
-            else hparams.prompt_variant or prompts.default_variant(hparams.n_merge)
-        )
+        encoder = PictureEncoder(files.mmproj, vision_device, threads, disk_cache=disk_cache)
+        self._encoder: PictureEncoder | None = encoder
+        self._variant = encoder.prompt_variant(files.variant)
         self._decoder = TextDecoder(
             files.text, chosen, n_ctx=n_ctx, n_threads=threads, n_gpu_layers=n_gpu_layers
         )
-        if self._decoder.n_embd != hparams.n_embd_text:
-            raise ModelFileError(
-                f"{files.mmproj}: makes image tokens of {hparams.n_embd_text} values, but "
-                f"{files.text} takes {self._decoder.n_embd}: the two files are of different models"
-            )
-        self._cache = EmbeddingCache(
-            (hparams.n_tokens, hparams.n_embd_text),
-            cache_dir() / "embeddings" if disk_cache else None,
-        )
-        self._cache_scope = b""  # what an embedding depends on besides the pixels
-        self._hashes = cache_dir() / "file-hashes.json" if disk_cache else None
+        encoder.check_text_model(files.text, self._decoder.n_embd)
+        self._hashes = encoder.hashes
         self.files = files
         self.device = chosen.name
         self.vision_device = vision_device.name
@@ -108,12 +93,12 @@ class OmniVLM:
     @property
     def image_size(self) -> int:
         """Side of the square that every picture is resized to, in pixels."""
-        return self._open_vision().hparams.image_size
+        return self._open_encoder().hparams.image_size
 
     @property
     def image_tokens(self) -> int:
         """Positions that one picture takes."""
-        return self._open_vision().hparams.n_tokens
+        return self._open_encoder().hparams.n_tokens
 
     @property
     def takes_questions(self) -> bool:
@@ -135,24 +120,7 @@ class OmniVLM:
 
         Raises ImageError (see `image.load_image`), DeviceError, ClosedError.
         """
-        vision = self._open_vision()
-        started = time.perf_counter()
-        hparams = vision.hparams
-        picture = images.load_image(image)
-        pixels = images.resize(picture.image, hparams.image_size)
-        preprocessed = time.perf_counter()
-        key = self._cache_key(pixels)
-        found = self._cache.get(key)
-        if found is not None:
-            data, where = found
-            looked_up = time.perf_counter() - preprocessed
-            return ImageEmbedding(data, preprocessed - started, looked_up, picture.name, where)
-        normalised = images.normalise(pixels, hparams.image_mean, hparams.image_std)
-        data = vision.encode(normalised[None])[0]  # [n_tokens, n_embd_text]
-        data.flags.writeable = False
-        seconds = time.perf_counter() - preprocessed
-        self._cache.put(key, data)
-        return ImageEmbedding(data, preprocessed - started, seconds, picture.name)
+        return self._open_encoder().encode(image)
 
     def generate(
         self,
@@ -247,16 +215,16 @@ class OmniVLM:
         trained on single questions only, as their vision file or prompt variant says.
         """
         if history is None:
-            history = self.takes_questions and not self._open_vision().hparams.single_turn
+            history = self.takes_questions and not self._open_encoder().hparams.single_turn
         return Chat(self, system=system, history=history)
 
     def close(self) -> None:
         """Frees both models. May be called again; later use raises ClosedError."""
-        self._vision = None
+        self._encoder = None
         self._decoder.close()
 
     def __enter__(self) -> OmniVLM:
-        self._open_vision()
+        self._open_encoder()
         return self
 
     def __exit__(
@@ -267,24 +235,14 @@ class OmniVLM:
     ) -> None:
         self.close()
 
-    def _open_vision(self) -> Vision:
-        if self._vision is None:
+    def _open_encoder(self) -> PictureEncoder:
+        if self._encoder is None:
             raise ClosedError("the model was closed; make a new one")
-        return self._vision
-
-    def _cache_key(self, pixels: npt.NDArray[np.uint8]) -> str:
-        if not self._cache_scope:
-            mmproj = remembered_digest(self.files.mmproj, self._hashes)
-            scope = (version("omnivlm-edge"), mmproj, self.vision_device)
-            self._cache_scope = "\n".join(scope).encode()
-        digest = hashlib.sha256(self._cache_scope)
-        digest.update(repr(pixels.shape).encode())
-        digest.update(pixels.data)
-        return digest.hexdigest()
+        return self._encoder
 
     def _tokenize(self, turns: Sequence[Turn], system: str | None) -> list[_Part]:
         """The prompt of a conversation: tokens, and the pictures between them."""
-        n_tokens, n_embd = self.image_tokens, self._open_vision().hparams.n_embd_text
+        n_tokens, n_embd = self.image_tokens, self._open_encoder().hparams.n_embd_text
         for turn in turns:
             for text in (turn.question, system or ""):
                 if not isinstance(text, str):
@@ -325,19 +283,22 @@ class OmniVLM:
 
     def _embed(
         self, parts: Sequence[_Part]
-    ) -> tuple[list[Tokens | Embeddings], list[ImageEmbedding]]:
-        """The parts with every picture encoded, and the encoded pictures."""
-        embeddings: list[ImageEmbedding] = []
+    ) -> tuple[list[Tokens | Embeddings], list[ImageEmbedding], list[ImageEmbedding]]:
+        """The parts with every picture encoded; the pictures; those that were not encoded before."""
         filled: list[Tokens | Embeddings] = []
+        pictures: list[ImageEmbedding] = []
+        new: list[ImageEmbedding] = []
         for part in parts:
-            if isinstance(part, _Picture):
-                image = part.source
-                embedding = image if isinstance(image, ImageEmbedding) else self.encode(image)
-                embeddings.append(embedding)
-                filled.append(embedding.data)
-            else:
+            if not isinstance(part, _Picture):
                 filled.append(part)
-        return filled, embeddings
+                continue
+            picture = part.source
+            if not isinstance(picture, ImageEmbedding):
+                picture = self.encode(picture)
+                new.append(picture)
+            pictures.append(picture)
+            filled.append(picture.data)
+        return filled, pictures, new
 
     def _generate(
         self, parts: Sequence[_Part], options: GenerateOptions, max_tokens: int, started: float
@@ -345,7 +306,7 @@ class OmniVLM:
         decoder = self._decoder
         sequence = decoder.open(options)
         try:
-            filled, embeddings = self._embed(parts)
+            filled, pictures, new = self._embed(parts)
             prefilling = time.perf_counter()
             decoder.prefill(sequence, filled)
             prefill_seconds = time.perf_counter() - prefilling
@@ -380,19 +341,19 @@ class OmniVLM:
                 text=text,
                 finish_reason=finish_reason,
                 prompt_tokens=n_prompt,
-                image_tokens=sum(len(embedding.data) for embedding in embeddings),
+                image_tokens=sum(len(picture.data) for picture in pictures),
                 completion_tokens=len(tokens),
                 cached_tokens=sequence.n_cached,
                 timings=Timings(
                     load=self.load_seconds,
-                    preprocess=sum(embedding.preprocess_seconds for embedding in embeddings),
-                    encode=sum(embedding.encode_seconds for embedding in embeddings),
+                    preprocess=sum(picture.preprocess_seconds for picture in new),
+                    encode=sum(picture.encode_seconds for picture in new),
                     prefill=prefill_seconds,
                     decode=decode_seconds,
                     first_token=first_token_seconds,
                 ),
                 tokens=tuple(tokens),
-                images=tuple(embeddings),
+                images=tuple(pictures),
             )
         finally:
             decoder.close_sequence(sequence)

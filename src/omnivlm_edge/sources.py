@@ -49,11 +49,19 @@ def read_sources(text: str, *, allow_private: bool = False) -> list[Picture]:
         return [load_image(_read_stdin(), "standard input")]
     if text == "clipboard:":
         return _read_clipboard()
-    if text.lower().startswith("data:"):
-        return [load_image(decode_data_uri(text), _data_name(text))]
-    if "://" in text:
-        return [load_image(fetch_url(text, allow_private=allow_private), shorten(text))]
+    if "://" in text or _is_data_uri(text):
+        return [read_address(text, allow_private=allow_private)]
     return [load_image(path) for path in _find_files(text)]
+
+
+def read_address(address: str, *, allow_private: bool = False) -> Picture:
+    """Reads an `http://` or `https://` address or a `data:` URI, and never a file of this machine.
+
+    `allow_private` as in `fetch_url`. Raises ImageError as `read_sources`.
+    """
+    if _is_data_uri(address):
+        return load_image(decode_data_uri(address), _data_name(address))
+    return load_image(fetch_url(address, allow_private=allow_private), shorten(address))
 
 
 def decode_data_uri(uri: str) -> bytes:
@@ -253,6 +261,10 @@ def _too_large(name: str) -> ImageError:
     return ImageError(
         f"{name}: is larger than {MAX_BYTES >> 20} MiB; shrink it, or save it and give its path"
     )
+
+
+def _is_data_uri(text: str) -> bool:
+    return text[:5].lower() == "data:"
 
 
 def _data_name(uri: str) -> str:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .errors import OptionError
 
+DEFAULT_MAX_TOKENS = 512  # or what the context has room for
 MAX_SEED = 2**32 - 2  # one less than llama.cpp's seeds: its largest means "random"
 
 FinishReason = Literal["stop", "length"]
@@ -35,9 +36,9 @@ class ModelFiles:
 class Timings:
     """Wall-clock seconds per stage.
 
-    `load` was spent once for the model, `preprocess` and `encode` once for the picture; an answer
-    about an `ImageEmbedding` repeats what that one had cost. `first_token` is what this answer's
-    first token took, from the call on.
+    `load` was spent once for the model; `preprocess` and `encode` on the pictures of this answer,
+    nothing where they came as `ImageEmbedding`. `first_token` is what the answer's first token
+    took, from the call on.
     """
 
     load: float = 0.0

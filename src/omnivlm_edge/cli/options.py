@@ -21,17 +21,21 @@ def setting(*names: str, **attributes: Any) -> Decorator:
     return click.option(*names, envvar=variable, show_envvar=True, **attributes)
 
 
-def model_argument(**attributes: Any) -> Decorator:
+def model_argument(name: str = "model", **attributes: Any) -> Decorator:
     """The argument MODEL, which a shell completes to known names, files and directories."""
-    return click.argument("model", shell_complete=complete_model, **attributes)
+    return click.argument(name, shell_complete=_complete_model, **attributes)
 
 
-def complete_model(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Known names, and files and directories."""
+def _complete_model(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
     # The file entry comes first, because bash's script forgets what came before it. bash goes on to
     # files when no name fits; zsh and fish offer both.
     names = [CompletionItem(name) for name in MODEL_NAMES if name.startswith(incomplete)]
     return [CompletionItem(incomplete, type="file"), *names]
+
+
+def complete_path(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Files and directories, for what may be something else as well."""
+    return [CompletionItem(incomplete, type="file")]
 
 
 def note(message: str) -> None:

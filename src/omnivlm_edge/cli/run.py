@@ -8,7 +8,7 @@ import click
 
 from ..errors import OptionError
 from ..values import MAX_SEED, GenerateOptions
-from .options import consent, model_argument, note, setting
+from .options import complete_path, consent, model_argument, note, setting
 from .output import Output, describe
 
 DEFAULTS = GenerateOptions()
@@ -25,6 +25,7 @@ DEFAULTS = GenerateOptions()
     "images",
     metavar="IMAGE",
     multiple=True,
+    shell_complete=complete_path,
     help="Picture to ask about: a path, a pattern, an http(s) address, a data: URI, - for standard "
     "input, or clipboard:. May be repeated.",
 )

@@ -9,13 +9,13 @@ from typing import Any
 import click
 
 from ..errors import ModelFileError
-from .options import consent, note
+from .options import consent, model_argument, note
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command()
-@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@model_argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option("-y", "--yes", is_flag=True, help="Make here, once, what is not published.")
 @as_json
 def pull(models: tuple[str, ...], yes: bool, as_json: bool) -> None:
@@ -83,7 +83,7 @@ def ls(as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @as_json
 def show(model: str, as_json: bool) -> None:
     """Describe a model on this machine.
@@ -100,7 +100,7 @@ def show(model: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@model_argument("models", metavar="MODEL...", nargs=-1, required=True)
 @as_json
 def rm(models: tuple[str, ...], as_json: bool) -> None:
     """Remove models, or one quantization of them (also: remove).

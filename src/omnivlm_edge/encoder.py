@@ -1,0 +1,101 @@
+"""Stages 1 to 3 in one: a picture -> its embedding, computed once.
+
+image.py, vision.py (native/), and cache.py for what was encoded before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from . import image as images
+from . import prompt as prompts
+from ._native import Device, VisionHparams
+from .cache import EmbeddingCache
+from .errors import ModelFileError
+from .files import remembered_digest
+from .image import ImageSource
+from .paths import cache_dir
+from .values import ImageEmbedding
+from .vision import Vision
+
+
+class PictureEncoder:
+    """The vision path of one mmproj file on one device, and what it encoded before.
+
+    `disk_cache` keeps encoded pictures on disk for other processes too.
+
+    Raises ModelFileError when the file cannot be used, DeviceError when the device fails.
+    """
+
+    def __init__(self, path: Path, device: Device, n_threads: int, *, disk_cache: bool) -> None:
+        self._path = path
+        self._device = device.name
+        self._vision = Vision(path, device, n_threads)
+        hparams = self._vision.hparams
+        self._cache = EmbeddingCache(
+            (hparams.n_tokens, hparams.n_embd_text),
+            cache_dir() / "embeddings" if disk_cache else None,
+        )
+        self._cache_scope = b""  # what an embedding depends on besides the pixels
+        #: Where files' hashes are remembered.
+        self.hashes = cache_dir() / "file-hashes.json" if disk_cache else None
+
+    @property
+    def hparams(self) -> VisionHparams:
+        return self._vision.hparams
+
+    def prompt_variant(self, wanted: str | None) -> str:
+        """The wanted variant, or the file's own. Raises OptionError for one that does not exist."""
+        if wanted is None:
+            wanted = self.hparams.prompt_variant or prompts.default_variant(self.hparams.n_merge)
+        return prompts.check_variant(wanted)
+
+    def check_text_model(self, path: str | Path, n_embd: int) -> None:
+        """Raises ModelFileError unless the text model takes embeddings of this file's width."""
+        if n_embd != self.hparams.n_embd_text:
+            raise ModelFileError(
+                f"{self._path}: makes image tokens of {self.hparams.n_embd_text} values, but "
+                f"{path} takes {n_embd}: the two files are of different models"
+            )
+
+    def encode(self, image: ImageSource) -> ImageEmbedding:
+        """Encodes a picture, or finds it in memory or on disk.
+
+        It is found by its resized pixels, the vision file's content, the device and this package's
+        version.
+
+        Raises ImageError (see `image.load_image`) and DeviceError.
+        """
+        started = time.perf_counter()
+        hparams = self.hparams
+        picture = images.load_image(image)
+        pixels = images.resize(picture.image, hparams.image_size)
+        preprocessed = time.perf_counter()
+        key = self._cache_key(pixels)
+        found = self._cache.get(key)
+        if found is not None:
+            data, where = found
+            looked_up = time.perf_counter() - preprocessed
+            return ImageEmbedding(data, preprocessed - started, looked_up, picture.name, where)
+        normalised = images.normalise(pixels, hparams.image_mean, hparams.image_std)
+        data = self._vision.encode(normalised[None])[0]  # [n_tokens, n_embd_text]
+        data.flags.writeable = False
+        seconds = time.perf_counter() - preprocessed
+        self._cache.put(key, data)
+        return ImageEmbedding(data, preprocessed - started, seconds, picture.name)
+
+    def _cache_key(self, pixels: npt.NDArray[np.uint8]) -> str:
+        if not self._cache_scope:
+            mmproj = remembered_digest(self._path, self.hashes)
+            scope = (version("omnivlm-edge"), mmproj, self._device)
+            self._cache_scope = "\n".join(scope).encode()
+        digest = hashlib.sha256(self._cache_scope)
+        digest.update(repr(pixels.shape).encode())
+        digest.update(pixels.data)
+        return digest.hexdigest()
