@@ -3,8 +3,9 @@
     python bench/second_question.py MODEL_DIR [--repeats 3] [--threads N] [--device cpu]
 
 MODEL_DIR is what `bench/synthetic.py` wrote. A repeat is three processes of `omnivlm-edge` with a
-disk cache that starts empty: the first question, a chat of both, the second question. One JSON object is appended to bench/results/second_question.jsonl; bench/report.py
-turns the newest into the README's table.
+disk cache that starts empty: the first question, a chat of both, the second question. One JSON
+object is appended to bench/results/second_question.jsonl; bench/report.py turns the newest into
+the README's table.
 """
 
 from __future__ import annotations

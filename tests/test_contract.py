@@ -53,7 +53,7 @@ ALLOWED = {
     "encoder": {
         *("_native", "cache", "errors", "files", "image", "paths", "prompt", "values", "vision"),
     },
-    "engine": STAGES | {"chat", "encoder", "errors", "files", "values"},
+    "engine": STAGES | {"cache", "chat", "errors", "files", "paths", "values"},
     "doctor": STAGES - {"vision", "prompt"}
     | {"_native", "engine", "errors", "hub", "memory", "model_file", "values"},
     "cli": {

@@ -1,4 +1,4 @@
-"""Encoded pictures, kept in memory and on disk.
+"""What was computed before: encoded pictures in memory and on disk, prompts' beginnings on disk.
 
 Nothing here is ever needed: what is missing, damaged or not writable is computed again.
 """
@@ -18,22 +18,47 @@ import numpy.typing as npt
 from .files import write_whole
 
 MEMORY_ENTRIES = 32  # 9 MB of 81 x 896 floats
-DISK_BYTES = 256_000_000  # 880 pictures of 81 x 896 floats
+DISK_BYTES = 256_000_000  # 880 pictures of 81 x 896 floats; 180 beginnings of 119 positions
 
 _DIGEST_BYTES = 32
 
 
-class EmbeddingCache:
-    """float32 [n_tokens, n_embd] by key: the latest in memory, more in a directory.
+class DiskCache:
+    """Bytes by key, one file each in a directory, for all processes; None keeps nothing.
 
-    A file is the SHA-256 of what follows, then the values; one that does not agree with its digest
-    or is of another size counts as absent. The least recently used files go first when they are
-    more than `DISK_BYTES` together.
+    A file is the SHA-256 of what follows, then the bytes; one that does not agree with its digest
+    counts as absent. The least recently used files go first when they are more than `DISK_BYTES`
+    together.
     """
 
-    def __init__(self, shape: tuple[int, int], directory: Path | None) -> None:
-        self._shape = shape
+    def __init__(self, directory: Path | None) -> None:
         self._directory = directory
+
+    def get(self, key: str) -> bytes | None:
+        if self._directory is None:
+            return None
+        path = self._directory / key
+        try:
+            content = path.read_bytes()
+            os.utime(path)  # used now
+        except OSError:
+            return None
+        digest, value = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        return value if hashlib.sha256(value).digest() == digest else None
+
+    def put(self, key: str, value: bytes) -> None:
+        if self._directory is not None:
+            with contextlib.suppress(OSError):
+                write_whole(self._directory / key, hashlib.sha256(value).digest() + value)
+                _prune(self._directory)
+
+
+class EmbeddingCache:
+    """float32 [n_tokens, n_embd] by key: the latest in memory, more of them on disk."""
+
+    def __init__(self, shape: tuple[int, int], disk: DiskCache) -> None:
+        self._shape = shape
+        self._disk = disk
         self._memory: OrderedDict[str, npt.NDArray[np.float32]] = OrderedDict()
 
     def get(self, key: str) -> tuple[npt.NDArray[np.float32], Literal["memory", "disk"]] | None:
@@ -43,40 +68,22 @@ class EmbeddingCache:
             with contextlib.suppress(KeyError):  # another thread may have dropped it meanwhile
                 self._memory.move_to_end(key)
             return data, "memory"
-        data = self._read(key)
-        if data is None:
+        content = self._disk.get(key)
+        if content is None or len(content) != 4 * self._shape[0] * self._shape[1]:
             return None
+        data = np.frombuffer(content, "<f4").reshape(self._shape).astype(np.float32, copy=False)
         self._remember(key, data)
         return data, "disk"
 
     def put(self, key: str, data: npt.NDArray[np.float32]) -> None:
         self._remember(key, data)
-        if self._directory is not None:
-            content = np.ascontiguousarray(data, "<f4").tobytes()
-            with contextlib.suppress(OSError):
-                write_whole(self._directory / key, hashlib.sha256(content).digest() + content)
-                _prune(self._directory)
+        self._disk.put(key, np.ascontiguousarray(data, "<f4").tobytes())
 
     def _remember(self, key: str, data: npt.NDArray[np.float32]) -> None:
         self._memory[key] = data
         while len(self._memory) > MEMORY_ENTRIES:
             with contextlib.suppress(KeyError):
                 self._memory.popitem(last=False)
-
-    def _read(self, key: str) -> npt.NDArray[np.float32] | None:
-        if self._directory is None:
-            return None
-        path = self._directory / key
-        try:
-            content = path.read_bytes()
-            os.utime(path)  # used now
-        except OSError:
-            return None
-        digest, values = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-        size = 4 * self._shape[0] * self._shape[1]
-        if len(values) != size or hashlib.sha256(values).digest() != digest:
-            return None
-        return np.frombuffer(values, "<f4").reshape(self._shape).astype(np.float32, copy=False)
 
 
 def _prune(directory: Path) -> None:

@@ -157,8 +157,12 @@ class TextDecoder:
                 self._free_ids.append(sequence.seq_id)
             sequence.seq_id = -1
 
-    def prefill(self, sequence: TokenSequence, parts: Sequence[Tokens | Embeddings]) -> None:
+    def prefill(
+        self, sequence: TokenSequence, parts: Sequence[Tokens | Embeddings], *, final: bool = True
+    ) -> None:
         """Appends tokens and embeddings to a sequence; logits are kept for the last position only.
+
+        With `final` false there will be more to append, and no logits are computed.
 
         The first prefill of a sequence computes only what does not stand in the context already:
         the longest common beginning is kept, whichever conversation left it there.
@@ -183,14 +187,52 @@ class TextDecoder:
             self._open_context()
             _check_open(sequence)
             if sequence.position == 0:
-                cells = [cell for part in parts for cell in _cells_of(part)]
-                sequence.position = sequence.n_cached = self._keep_common(sequence.seq_id, cells)
+                kept = self._keep_common(sequence.seq_id, cells_of(parts))
+                sequence.position = sequence.n_cached = kept
                 parts = _skip(parts, sequence.n_cached)
             self._make_room(sum(len(part) for part in parts))
             chunks = [chunk for part in parts for chunk in self._chunks(part)]
             for i, chunk in enumerate(chunks):
-                last = len(chunk) - 1 if i == len(chunks) - 1 else len(chunk)
+                last = len(chunk) - 1 if final and i == len(chunks) - 1 else len(chunk)
                 self._append(sequence, chunk, logits_from=last)
+
+    def holds(self, sequence: TokenSequence, parts: Sequence[Tokens | Embeddings]) -> bool:
+        """Whether a new sequence finds all these parts in its place of the context."""
+        cells = cells_of(parts)
+        with self._lock:
+            _check_open(sequence)
+            return self._cells[sequence.seq_id][: len(cells)] == cells
+
+    def state(self, sequence: TokenSequence) -> bytes:
+        """Keys and values of all positions of a sequence, in llama.cpp's format."""
+        with self._lock:
+            context = self._open_context()
+            _check_open(sequence)
+            size = llama_cpp.llama_state_seq_get_size(context, sequence.seq_id)
+            buffer = (ctypes.c_uint8 * size)()
+            written = llama_cpp.llama_state_seq_get_data(context, buffer, size, sequence.seq_id)
+            return bytes(buffer)[:written]
+
+    def restore(
+        self, sequence: TokenSequence, parts: Sequence[Tokens | Embeddings], state: bytes
+    ) -> bool:
+        """Puts back what `state` gave after a prefill of the same parts by the same model.
+
+        False, and nothing in the place of the sequence, when llama.cpp cannot use it here.
+        """
+        with self._lock:
+            context = self._open_context()
+            _check_open(sequence)
+            self._forget(sequence.seq_id, 0)
+            cells = cells_of(parts)
+            self._make_room(len(cells))
+            buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+            read = llama_cpp.llama_state_seq_set_data(context, buffer, len(state), sequence.seq_id)
+            if read == len(state):
+                self._cells[sequence.seq_id] = cells
+                return True
+            self._forget(sequence.seq_id, 0)
+            return False
 
     def score(self, sequence: TokenSequence, continuations: Sequence[Tokens]) -> list[float]:
         """The log-probability of each continuation of a sequence, which itself stays as it is.
@@ -364,7 +406,7 @@ class TextDecoder:
             decode_embeddings(
                 self._context, chunk, sequence.position, sequence.seq_id, logits_from=logits_from
             )
-        self._cells[sequence.seq_id] += _cells_of(chunk)
+        self._cells[sequence.seq_id] += cells_of([chunk])
         sequence.position += len(chunk)
         if logits_from < len(chunk):
             sequence._output_index, sequence._step = len(chunk) - 1, self._step
@@ -394,11 +436,16 @@ def tokenize(vocab: Any, piece: Piece, *, add_bos: bool) -> Tokens:
     return list(buffer[:count])
 
 
-def _cells_of(part: Tokens | Embeddings) -> list[Cell]:
-    if isinstance(part, list):
-        return list(part)
-    digest = hashlib.sha256(np.ascontiguousarray(part).data).digest()
-    return [(digest, row) for row in range(len(part))]
+def cells_of(parts: Sequence[Tokens | Embeddings]) -> list[Cell]:
+    """What the parts put into the context, position by position."""
+    cells: list[Cell] = []
+    for part in parts:
+        if isinstance(part, list):
+            cells += part
+        else:
+            digest = hashlib.sha256(np.ascontiguousarray(part).data).hexdigest()
+            cells += [(digest, row) for row in range(len(part))]
+    return cells
 
 
 def _skip(parts: Sequence[Tokens | Embeddings], n: int) -> list[Tokens | Embeddings]:

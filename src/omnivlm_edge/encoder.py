@@ -16,7 +16,7 @@ import numpy.typing as npt
 from . import image as images
 from . import prompt as prompts
 from ._native import Device, VisionHparams
-from .cache import EmbeddingCache
+from .cache import DiskCache, EmbeddingCache
 from .errors import ModelFileError
 from .files import remembered_digest
 from .image import ImageSource
@@ -40,7 +40,7 @@ class PictureEncoder:
         hparams = self._vision.hparams
         self._cache = EmbeddingCache(
             (hparams.n_tokens, hparams.n_embd_text),
-            cache_dir() / "embeddings" if disk_cache else None,
+            DiskCache(cache_dir() / "embeddings" if disk_cache else None),
         )
         self._cache_scope = b""  # what an embedding depends on besides the pixels
         #: Where files' hashes are remembered.

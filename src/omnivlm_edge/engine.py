@@ -6,24 +6,28 @@ encoder.py: image.py - vision.py (native/) ---------- prompt.py, decoder.py
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
 
 from . import prompt as prompts
+from .cache import DiskCache
 from .chat import Chat, Images
-from .decoder import Embeddings, TextDecoder, Tokens
+from .decoder import Embeddings, TextDecoder, Tokens, TokenSequence, cells_of
 from .device import check_threads, select_device
 from .encoder import PictureEncoder
 from .errors import ClosedError, ContextOverflowError, OptionError
 from .files import remembered_digest
 from .image import ImageSource
 from .models import find_model
+from .paths import cache_dir
 from .values import (
     DEFAULT_MAX_TOKENS,
     Answer,
@@ -85,6 +89,8 @@ class OmniVLM:
         )
         encoder.check_text_model(files.text, self._decoder.n_embd)
         self._hashes = encoder.hashes
+        self._beginnings = DiskCache(cache_dir() / "beginnings" if disk_cache else None)
+        self._disk_cache = disk_cache
         self.files = files
         self.device = chosen.name
         self.vision_device = vision_device.name
@@ -197,7 +203,7 @@ class OmniVLM:
             raise ContextOverflowError(self._overflow(room, longest))
         sequence = self._decoder.open(GenerateOptions())
         try:
-            self._decoder.prefill(sequence, self._embed(parts)[0])
+            self._prefill(sequence, self._embed(parts)[0], _first_picture(parts))
             scores = [
                 math.log(sum(map(math.exp, self._decoder.score(sequence, choice))) or 5e-324)
                 for choice in tokens
@@ -284,7 +290,7 @@ class OmniVLM:
     def _embed(
         self, parts: Sequence[_Part]
     ) -> tuple[list[Tokens | Embeddings], list[ImageEmbedding], list[ImageEmbedding]]:
-        """The parts with every picture encoded; the pictures; those that were not encoded before."""
+        """The parts with every picture encoded; the pictures; those of them encoded just now."""
         filled: list[Tokens | Embeddings] = []
         pictures: list[ImageEmbedding] = []
         new: list[ImageEmbedding] = []
@@ -300,6 +306,25 @@ class OmniVLM:
             filled.append(picture.data)
         return filled, pictures, new
 
+    def _prefill(
+        self, sequence: TokenSequence, parts: Sequence[Tokens | Embeddings], n_first: int
+    ) -> None:
+        """Prefills a prompt. Its first parts, up to the first picture, are kept on disk."""
+        decoder, first = self._decoder, parts[:n_first]
+        if not self._disk_cache or not first or decoder.holds(sequence, first):
+            decoder.prefill(sequence, parts)
+            return
+        scope = [version(package) for package in ("omnivlm-edge", "llama-cpp-python")]
+        scope += [remembered_digest(self.files.text, self._hashes), self.device]
+        key = hashlib.sha256(repr([scope, cells_of(first)]).encode()).hexdigest()
+        state = self._beginnings.get(key)
+        if state is not None and decoder.restore(sequence, first, state):
+            decoder.prefill(sequence, parts)
+        else:
+            decoder.prefill(sequence, first, final=False)
+            self._beginnings.put(key, decoder.state(sequence))
+            decoder.prefill(sequence, parts[n_first:])
+
     def _generate(
         self, parts: Sequence[_Part], options: GenerateOptions, max_tokens: int, started: float
     ) -> Generator[str, None, Answer]:
@@ -308,7 +333,7 @@ class OmniVLM:
         try:
             filled, pictures, new = self._embed(parts)
             prefilling = time.perf_counter()
-            decoder.prefill(sequence, filled)
+            self._prefill(sequence, filled, _first_picture(parts))
             prefill_seconds = time.perf_counter() - prefilling
             n_prompt = sequence.position
 
@@ -402,6 +427,11 @@ class _HeaderFilter:
         """What was held back when the generation ended in the middle of a header."""
         held, self._held = self._held or "", None
         return held
+
+
+def _first_picture(parts: Sequence[_Part]) -> int:
+    """How many parts there are up to the first picture and with it; 0 without pictures."""
+    return next((i for i, part in enumerate(parts, 1) if isinstance(part, _Picture)), 0)
 
 
 def _as_tuple(image: Images) -> tuple[ImageSource | ImageEmbedding, ...]:
