@@ -38,6 +38,28 @@ def cost_table() -> str:
     return "\n".join(lines)
 
 
+def second_question_table() -> str:
+    """Time to the first token of the newest record, for each case."""
+    record = json.loads((RESULTS / "second_question.jsonl").read_text().splitlines()[-1])
+    lines = [
+        "| | encode | prefill | first token after |",
+        "|---|---|---|---|",
+    ]
+    for case, found in record["cases"].items():
+        new = found["prompt_tokens"] - found["cached_tokens"]
+        lines.append(
+            f"| {case} | {found['encode_ms'] / 1e3:.2f} s | {found['prompt_ms'] / 1e3:.2f} s "
+            f"({new} of {found['prompt_tokens']} tokens) | {found['ttft_ms'] / 1e3:.2f} s |"
+        )
+    lines += [
+        "",
+        f"Full-size synthetic model, F16, a 512×512 photograph; {record['machine']['cpu']}, "
+        f"{record['threads']} threads, commit {record['commit']}; median of {record['repeats']} "
+        "repeats, the model loaded. From `bench/results/second_question.jsonl`.",
+    ]
+    return "\n".join(lines)
+
+
 def accuracy_table() -> str:
     """Scores of the demo model on held-out scenes, through the GGUF runtime."""
     record = json.loads((RESULTS / "demo_accuracy.json").read_text())
@@ -54,4 +76,4 @@ def accuracy_table() -> str:
 
 
 if __name__ == "__main__":
-    print(cost_table(), accuracy_table(), sep="\n\n")
+    print(cost_table(), second_question_table(), accuracy_table(), sep="\n\n")

@@ -222,6 +222,7 @@ def test_readme_tables_come_from_the_committed_results() -> None:
 
     text = (ROOT / "README.md").read_text()
     assert report.cost_table() in text
+    assert report.second_question_table() in text
     assert report.accuracy_table() in text
 
 
