@@ -200,7 +200,7 @@ def test_every_command_explains_itself(name: str, command: click.Command) -> Non
 def test_readme_transcripts_are_real() -> None:
     """Commands after `$` and lines after `>>>` are run again; what they print must be the same."""
     transcripts = [block for block in readme_blocks() if block.startswith("$ omnivlm-edge run")]
-    assert len(transcripts) == 2
+    assert len(transcripts) == 4
     for transcript in transcripts:
         command, _, shown = transcript.partition("\n")
         typed = re.findall(r"^>>> (.*)\n", shown, re.M)
@@ -214,6 +214,12 @@ def test_readme_transcripts_are_real() -> None:
         )
         answers = "".join(line for line in shown.splitlines(True) if not line.startswith(">>>"))
         assert result.stdout == answers
+
+
+def test_readme_names_every_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name, _ in commands(cli):
+        assert f"omnivlm-edge {name}" in text, name
 
 
 def test_readme_tables_come_from_the_committed_results() -> None:
