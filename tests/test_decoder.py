@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import subprocess
 import sys
@@ -390,3 +391,141 @@ def test_damaged_bytes_never_crash(tmp_path: Path, tiny_model: Path) -> None:
     loaded, refused = map(int, result.stdout.split())
     assert loaded > 0
     assert refused > 0
+
+
+def cells(decoder: TextDecoder, sequence: TokenSequence) -> int:
+    return len(decoder._cells[sequence.seq_id])
+
+
+def test_the_longest_common_beginning_is_kept(tiny_model: Path) -> None:
+    decoder = open_decoder(tiny_model, n_sequences=1)
+    rng = np.random.default_rng(1)
+    picture, other = (rng.normal(size=(4, 64)).astype(np.float32) for _ in range(2))
+    for parts, kept in (
+        ([[1, 2, 3], picture, [4, 5]], 0),
+        ([[1, 2, 3], picture, [4, 5]], 8),  # the last position gives the logits
+        ([[1, 2, 3], picture, [4, 6, 7]], 8),
+        ([[1, 2], [3], picture.copy(), [4, 6, 7, 8]], 10),
+        ([[1, 2, 3], other, [4, 6, 7, 8]], 3),
+        ([[1, 2, 3], picture, [4, 6, 7, 8]], 3),
+        ([[1, 2, 3], picture[:2], [4]], 3),
+        ([[9]], 0),
+    ):
+        sequence = decoder.open(GREEDY)
+        decoder.prefill(sequence, parts)
+        assert sequence.n_cached == kept
+        found = decoder.logits(sequence)
+        decoder.close_sequence(sequence)
+        fresh = open_decoder(tiny_model, n_sequences=1)
+        again = fresh.open(GREEDY)
+        fresh.prefill(again, parts)
+        np.testing.assert_allclose(found, fresh.logits(again), atol=0.05)  # the cache is F16
+        assert found.argmax() == fresh.logits(again).argmax()
+        fresh.close()
+    decoder.close()
+
+
+def test_answers_stay_in_the_context_as_they_were_sampled(tiny_model: Path) -> None:
+    decoder = open_decoder(tiny_model, n_sequences=1)
+    sequence = decoder.open(GREEDY)
+    decoder.prefill(sequence, [[1, 2, 3]])
+    tokens = generate(decoder, sequence, 5)
+    decoder.close_sequence(sequence)
+    sequence = decoder.open(GREEDY)
+    decoder.prefill(sequence, [[1, 2, 3], tokens, [4]])
+    assert sequence.n_cached == 3 + 4  # the last token was sampled and not decoded
+    decoder.close()
+
+
+def test_closed_sequences_give_way_to_open_ones(tiny_model: Path) -> None:
+    decoder = open_decoder(tiny_model, n_ctx=256, n_sequences=2)
+    one = decoder.open(GREEDY)
+    decoder.prefill(one, [[1] * 200])
+    decoder.close_sequence(one)
+    one, two = decoder.open(GREEDY), decoder.open(GREEDY)
+    decoder.prefill(one, [[2] * 120])
+    decoder.prefill(two, [[3] * 120])
+    assert cells(decoder, one) == cells(decoder, two) == 120
+    decoder.close()
+
+
+def test_state_of_a_beginning(tiny_model: Path) -> None:
+    """Taken by one decoder, put back by another; nonsense is refused and leaves nothing."""
+    picture = np.random.default_rng(1).normal(size=(4, 64)).astype(np.float32)
+    beginning: list[Any] = [[1, 2, 3], picture]
+    one, two = (open_decoder(tiny_model, n_sequences=1) for _ in range(2))
+    sequence = one.open(GREEDY)
+    one.prefill(sequence, beginning, final=False)
+    state = one.state(sequence)
+    one.prefill(sequence, [[4, 5]])
+    want = generate(one, sequence, 8)
+
+    other = two.open(GREEDY)
+    assert not two.holds(other, beginning)
+    for nonsense in (b"", state[:-10], b"\1" * len(state)):
+        assert not two.restore(other, beginning, nonsense)
+        assert cells(two, other) == 0
+    assert two.restore(other, beginning, state)
+    assert two.holds(other, beginning)
+    two.prefill(other, [*beginning, [4, 5]])
+    assert other.n_cached == 7
+    assert generate(two, other, 8) == want
+    one.close()
+    two.close()
+
+
+def test_scores_are_log_probabilities(tiny_model: Path) -> None:
+    decoder = open_decoder(tiny_model, n_sequences=1)
+    continuations = [[5], [5, 6], [7, 8, 9]]
+
+    def log_probability(tokens: list[int]) -> float:
+        """Token by token, each from a prompt of its own."""
+        total = 0.0
+        for i, token in enumerate(tokens):
+            sequence = decoder.open(GREEDY)
+            decoder.prefill(sequence, [[1, 2, 3, *tokens[:i]]])
+            logits = decoder.logits(sequence).astype(np.float64)
+            total += float(logits[token] - np.log(np.exp(logits - logits.max()).sum())) - float(
+                logits.max()
+            )
+            decoder.close_sequence(sequence)
+        return total
+
+    want = [log_probability(tokens) for tokens in continuations]
+    sequence = decoder.open(GREEDY)
+    decoder.prefill(sequence, [[1, 2, 3]])
+    assert decoder.score(sequence, continuations) == pytest.approx(want, abs=0.05)
+    assert sequence.position == cells(decoder, sequence) == 3
+    assert all(score < 0 for score in want)
+    with pytest.raises(BusyError, match="sample before"):
+        decoder.sample(sequence)
+    with pytest.raises(OptionError, match="a choice has more than 512 tokens"):
+        decoder.score(sequence, [[1] * 513])
+    decoder.close()
+
+
+def test_a_grammar_admits_nothing_else(decoder: TextDecoder) -> None:
+    options = GenerateOptions(
+        grammar='root ::= ("yes" | "no") " " [0-9]+ "!"', seed=1, temperature=2.0
+    )
+    for _ in range(5):
+        sequence = decoder.open(options)
+        decoder.prefill(sequence, [decoder.tokenize(plain("How many?"))])
+        text = ""
+        for _ in range(200):
+            decoder.sample(sequence)
+            if sequence.at_end:
+                break
+            text += decoder.text(sequence)
+            decoder.decode([sequence])
+        decoder.close_sequence(sequence)
+        assert re.fullmatch(r"(yes|no) \d+!" if sequence.at_end else r"(yes|no) \d+", text)
+
+
+@pytest.mark.parametrize(
+    "grammar", ["", "root", "root ::= other", 'root ::= root "a"', 'x ::= "a"']
+)
+def test_wrong_grammars(decoder: TextDecoder, grammar: str) -> None:
+    with pytest.raises(OptionError, match="the grammar cannot be used"):
+        decoder.open(GenerateOptions(grammar=grammar))
+    decoder.close_sequence(decoder.open(GREEDY))  # no sequence was lost

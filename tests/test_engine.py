@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from omnivlm_edge import (
     ModelFileError,
     OmniVLM,
     OptionError,
+    json_schema_grammar,
 )
 from omnivlm_edge.convert import convert_checkpoint
 from omnivlm_edge.engine import _HeaderFilter
@@ -191,6 +193,13 @@ def test_two_models_in_one_process(tiny_model: Path, picture: Image.Image) -> No
     assert all(a == b for a, b in together)
 
 
+def test_a_closed_model_cannot_be_entered(tiny_model: Path) -> None:
+    model = OmniVLM(tiny_model, device="cpu")
+    model.close()
+    with pytest.raises(ClosedError), model:
+        pass
+
+
 def test_close(tiny_model: Path, picture: Image.Image) -> None:
     model = OmniVLM(tiny_model, device="cpu")
     embedding = model.encode(picture)
@@ -260,6 +269,115 @@ def test_wrong_picture_leaves_the_model_usable(engine: OmniVLM, picture: Image.I
     with pytest.raises(ImageError, match="no such file"):
         engine.answer("no such picture.png", "What is it?", SHORT)
     assert engine.answer(picture, "What is it?", SHORT).text
+
+
+def test_several_pictures_and_a_system_text(engine: OmniVLM, picture: Image.Image) -> None:
+    one = engine.answer(picture, "What is it?", SHORT)
+    two = engine.answer([picture, engine.encode(picture)], "What is it?", SHORT)
+    assert (one.image_tokens, two.image_tokens) == (4, 8)
+    assert len(two.images) == 2
+    brief = engine.answer(picture, "What is it?", SHORT, system="Be brief.")
+    assert brief.prompt_tokens < one.prompt_tokens
+    assert brief.text != one.text
+
+
+def test_an_answer_that_a_grammar_admits_is_the_same_without() -> None:
+    horses = Path(__file__).parents[1] / "examples" / "horses.png"
+    options = GenerateOptions(grammar='root ::= [A-Za-z ]+ "."')
+    with OmniVLM("demo", device="cpu") as model:
+        free = model.answer(horses, "Describe the image")
+        bound = model.answer(horses, "Describe the image", options)
+        assert bound.text == free.text
+        assert bound.finish_reason == "stop"
+        schema = json_schema_grammar({"enum": ["There is one duck.", "There are two ducks."]})
+        answer = model.answer(horses, "How many ducks?", GenerateOptions(grammar=schema))
+        assert json.loads(answer.text) == "There is one duck."
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must be an object"),
+        ({"type": "wrong"}, "cannot be used"),
+        ({"$ref": "https://example.org/schema"}, "cannot be used"),
+    ],
+)
+def test_wrong_schemas(schema: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        json_schema_grammar(schema)
+
+
+def test_choices(engine: OmniVLM, picture: Image.Image) -> None:
+    chances = engine.choose(picture, "Is it red?", ["yes", "no", "perhaps not"])
+    assert set(chances) == {"yes", "no", "perhaps not"}
+    assert sum(chances.values()) == pytest.approx(1)
+    assert list(chances.values()) == sorted(chances.values(), reverse=True)
+    shopping = Path(__file__).parents[1] / "examples" / "shopping.png"
+    with OmniVLM("demo", device="cpu") as model:
+        assert model.choose(shopping, "Do I have eggs?", ["no", "yes"])["yes"] > 0.99
+    for wrong in ([], ["yes"], ["yes", ""], ["yes", "YES"], ["yes", 3], "yes"):
+        with pytest.raises(OptionError, match="two or more different words"):
+            engine.choose(picture, "Is it red?", wrong)  # type: ignore[arg-type]
+
+
+def test_the_beginning_of_a_prompt_is_kept_on_disk(
+    tiny_model: Path, picture: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMNIVLM_HOME", str(tmp_path))
+
+    def ask(**options: Any) -> Answer:
+        with OmniVLM(tiny_model, device="cpu", n_threads=2, **options) as model:
+            return model.answer(picture, "What is it?", SHORT)
+
+    fresh, again = ask(), ask()
+    assert fresh.cached_tokens == 0 < again.cached_tokens < again.prompt_tokens
+    assert again.text == fresh.text
+    assert again.images[0].cached == "disk"
+    assert ask(disk_cache=False).cached_tokens == 0
+    for file in (tmp_path / "cache").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"damaged")
+    mended = ask()
+    assert (mended.text, mended.cached_tokens) == (fresh.text, 0)
+    assert ask().cached_tokens == again.cached_tokens
+
+
+def test_wrong_types(tiny_model: Path, engine: OmniVLM, picture: Image.Image) -> None:
+    for arguments in ({"n_ctx": "a"}, {"n_ctx": 2.5}, {"n_threads": True}, {"n_gpu_layers": -1}):
+        with pytest.raises(OptionError, match="must be a whole number"):
+            OmniVLM(tiny_model, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="a prompt must be text, not NoneType"):
+        engine.answer(picture, None)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="options is 3: it must be GenerateOptions"):
+        engine.answer(picture, "What?", 3)  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match="cannot be made from NoneType"):
+        engine.answer(None, "What?")  # type: ignore[arg-type]
+    for wrong in (None, 3, b"x"):
+        with pytest.raises((ModelFileError, OptionError)):
+            OmniVLM(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 2.5},
+        {"max_tokens": True},
+        {"seed": 1.0},
+        {"temperature": "hot"},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"min_p": 1},
+        {"repeat_penalty": 0},
+        {"grammar": 3},
+    ],
+)
+def test_wrong_options(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(OptionError, match=f"{name} is .*: it must be"):
+        GenerateOptions(**options)
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ class TextDecoder:
             self._make_room(len(cells))
             buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
             read = llama_cpp.llama_state_seq_set_data(context, buffer, len(state), sequence.seq_id)
-            if read == len(state):
+            if read == len(state) > 0:
                 self._cells[sequence.seq_id] = cells
                 return True
             self._forget(sequence.seq_id, 0)
@@ -238,7 +238,10 @@ class TextDecoder:
         """The log-probability of each continuation of a sequence, which itself stays as it is.
 
         Its logits are used up: nothing can be sampled from it before the next prefill or decode.
+        Raises OptionError for a continuation longer than llama.cpp takes at once.
         """
+        if max(map(len, continuations)) > self._n_batch:
+            raise OptionError(f"a choice has more than {self._n_batch} tokens: shorten it")
         with self._lock:
             first = _log_softmax(self.logits(sequence))
             start = sequence.position
@@ -253,6 +256,7 @@ class TextDecoder:
                     self._forget(sequence.seq_id, start)
                     sequence.position = start
                 scores.append(score)
+            sequence._step = -1
             return scores
 
     def decode(self, sequences: Sequence[TokenSequence]) -> None:
@@ -543,7 +547,9 @@ def new_grammar(grammar: str, vocab: Any) -> Any:
     Raises OptionError when llama.cpp cannot use the grammar.
     """
     take_log_error()
-    sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
+    text = grammar.encode(errors="replace").strip()
+    # An empty grammar would admit everything.
+    sampler = llama_cpp.llama_sampler_init_grammar(vocab, text, b"root") if text else None
     if not sampler:
         reason = take_log_error().strip() or "it must define root"
         raise OptionError(f"the grammar cannot be used ({reason})")

@@ -7,7 +7,6 @@ encoder.py: image.py - vision.py (native/) ---------- prompt.py, decoder.py
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import time
 from collections.abc import Generator, Sequence
@@ -16,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
+
+import numpy as np
 
 from . import prompt as prompts
 from .cache import DiskCache
@@ -194,24 +195,24 @@ class OmniVLM:
         spellings = [_spellings(name) for name in names]
         parts = self._tokenize([Turn(prompt, _as_tuple(image))], system)
         room = self._decoder.n_ctx - sum(map(self._count, parts))
-        tokens = [
-            [self._decoder.tokenize([prompts.Piece(text, special=False)]) for text in spelling]
-            for spelling in spellings
-        ]
-        longest = max(len(spelling) for choice in tokens for spelling in choice)
+        tokens = {
+            spelling: self._decoder.tokenize([prompts.Piece(spelling, special=False)])
+            for choice in spellings
+            for spelling in choice
+        }
+        longest = max(map(len, tokens.values()))
         if room < longest:
             raise ContextOverflowError(self._overflow(room, longest))
         sequence = self._decoder.open(GenerateOptions())
         try:
             self._prefill(sequence, self._embed(parts)[0], _first_picture(parts))
-            scores = [
-                math.log(sum(map(math.exp, self._decoder.score(sequence, choice))) or 5e-324)
-                for choice in tokens
-            ]
+            found = self._decoder.score(sequence, list(tokens.values()))
         finally:
             self._decoder.close_sequence(sequence)
-        weights = [math.exp(score - max(scores)) for score in scores]
-        chances = zip(names, (weight / sum(weights) for weight in weights), strict=True)
+        scores = dict(zip(tokens, found, strict=True))  # log-probabilities
+        together = [np.logaddexp.reduce([scores[text] for text in choice]) for choice in spellings]
+        shares = np.exp(np.asarray(together) - np.logaddexp.reduce(together))
+        chances = zip(names, map(float, shares), strict=True)
         return dict(sorted(chances, key=lambda chance: -chance[1]))
 
     def chat(self, *, system: str | None = None, history: bool | None = None) -> Chat:
@@ -439,7 +440,8 @@ def _as_tuple(image: Images) -> tuple[ImageSource | ImageEmbedding, ...]:
 
 
 def _check_choices(choices: Sequence[str]) -> list[str]:
-    names = [choice.strip() for choice in choices if isinstance(choice, str)]
+    given = [] if isinstance(choices, str) else choices
+    names = [choice.strip() for choice in given if isinstance(choice, str)]
     different = {name.lower() for name in names} - {""}
     if len(different) < max(2, len(choices)):
         raise OptionError("choices must be two or more different words, such as yes,no")

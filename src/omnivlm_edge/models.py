@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .errors import ModelFileError
+from .errors import ModelFileError, OptionError
 from .hub import Consent, Notify, parse_reference, resolve
 from .model_file import ModelFile, fitting_texts, fitting_vision, inspect_all, inspect_file
 from .values import ModelFiles
@@ -32,9 +32,13 @@ def find_model(
     their names; a file that is damaged or of another model does not stand in the way of a pair.
     `consent`, `make_vision` and `notify` are those of `hub.pull`.
 
-    Raises ModelFileError when a file is missing, ambiguous or not of the right kind.
+    Raises ModelFileError when a file is missing, ambiguous or not of the right kind, OptionError
+    when `model` can be no name.
     """
-    name = os.fspath(model)
+    try:
+        name = os.fsdecode(model)
+    except TypeError as exc:
+        raise OptionError(f"model is {model!r}: it must be a name or a path") from exc
     reference = parse_reference(name) if isinstance(model, str) else None
     if mmproj is not None and not Path(mmproj).exists():
         raise ModelFileError(f"{mmproj}: there is no such file; check the path of the mmproj")
