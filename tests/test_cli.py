@@ -171,6 +171,12 @@ def test_settings_from_the_environment(tiny_model: Path, image: Path) -> None:
     assert wrong.returncode == 2
 
 
+def test_a_context_larger_than_the_training(tiny_model: Path, image: Path) -> None:
+    result = run("run", tiny_model, "-i", image, "-p", "?", "-n", 2, "-c", 10**6)
+    assert "(-c 1000000: the model was trained for 4096 positions only)\n" in result.stderr
+    assert "trained" not in run("run", "demo", "-i", image, "-p", "?", "-n", 2).stderr
+
+
 def test_every_setting_reaches_the_engine(tiny_model: Path, image: Path) -> None:
     def ask(*more: object) -> str:
         return run("run", tiny_model, "-i", image, "-p", "?", "-n", 12, "-t", 1, *more).stdout

@@ -462,3 +462,11 @@ def test_clipboard_without_a_picture(
     copied(monkeypatch, content)
     with pytest.raises(ImageError, match=message):
         read_sources("clipboard:")
+
+
+def test_a_pattern_that_matches_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_MATCHES", 2)
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(b"not even looked at")
+    with pytest.raises(ImageError, match="matches 3 files, and a question can be about 2 at most"):
+        read_sources(str(tmp_path / "*.png"))

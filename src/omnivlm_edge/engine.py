@@ -108,6 +108,11 @@ class OmniVLM:
         return self._open_encoder().hparams.n_tokens
 
     @property
+    def n_ctx(self) -> int:
+        """Positions in the context."""
+        return self._decoder.n_ctx
+
+    @property
     def takes_questions(self) -> bool:
         """False for OCR models: they read a picture, whatever is asked."""
         return prompts.takes_questions(self._variant)

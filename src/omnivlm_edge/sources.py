@@ -26,6 +26,7 @@ from .image import Picture, load_image, shorten
 MAX_BYTES = 20 * 2**20  # of a picture that comes from anywhere but a file
 MAX_SECONDS = 10  # for an address: name lookup, redirects and download together
 MAX_REDIRECTS = 5
+MAX_MATCHES = 64  # of a pattern: more pictures fit no context, and all of them into memory at once
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: the last four bytes are IPv4
 _SITE_LOCAL = ipaddress.ip_network("fec0::/10")  # RFC 3879: deprecated, but private
@@ -317,6 +318,11 @@ def _find_files(text: str) -> list[str]:
         raise ImageError(f"{shorten(text)}: cannot be read ({exc})") from exc
     if not matches:
         raise ImageError(f"{shorten(text)}: there is no such file, nor one that matches it")
+    if len(matches) > MAX_MATCHES:
+        raise ImageError(
+            f"{shorten(text)}: matches {len(matches)} files, and a question can be about "
+            f"{MAX_MATCHES} at most; ask about fewer"
+        )
     return sorted(matches, key=_natural)
 
 

@@ -193,6 +193,12 @@ def run(
         mmproj_offload=not no_mmproj_offload,
         disk_cache=not no_cache,
     ) as engine:
+        if (
+            engine.n_ctx < ctx_size
+            and click.get_current_context().get_parameter_source("ctx_size")
+            != click.core.ParameterSource.DEFAULT
+        ):
+            note(f"(-c {ctx_size}: the model was trained for {engine.n_ctx} positions only)")
         output = Output(model, as_json, stats)
         if show_image:
             for picture in pictures:
