@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -21,11 +22,13 @@ TESTS = Path(__file__).parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """No test may see or change the user's own models, nor reach a network.
+    """No test may see or change the user's own models, nor reach a network; Ctrl-C is heard.
 
     huggingface_hub reads its variables when it is imported, which is later than this; the tests'
     subprocesses inherit them.
     """
+    # A shell's background jobs ignore the signal, and so would all that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     home = tempfile.TemporaryDirectory(prefix="omnivlm-tests-", ignore_cleanup_errors=True)
     config.add_cleanup(home.cleanup)
     for name in [name for name in os.environ if name.startswith(("HF_", "OMNIVLM_"))]:

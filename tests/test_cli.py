@@ -319,8 +319,6 @@ def test_interrupt(tiny_model: Path, image: Path) -> None:
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background jobs ignore the signal, and so would this one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     process.stderr.readline()  # the loop's greeting: everything is loaded
@@ -340,7 +338,6 @@ def test_interrupt_while_loading_and_answering(tiny_model: Path, image: Path) ->
             [*COMMAND, "run", *arguments],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         time.sleep(delay)
         process.send_signal(signal.SIGINT)

@@ -174,7 +174,6 @@ def test_interrupt_keeps_what_was_loaded(
         [*COMMAND, "pull", "omnivision"],
         env=hub_env,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(lambda: bool(hub.downloads()))
     process.send_signal(signal.SIGINT)
