@@ -147,8 +147,8 @@ def resolve(
         return _model_files(*found, wanted)
     if offline:
         raise ModelFileError(
-            f"{wanted}: is not on this machine; leave --offline away once, or run "
-            f"`omnivlm-edge pull {wanted}` where there is a network"
+            f"{wanted}: is not on this machine; where there is a network, "
+            f"`omnivlm-edge pull {wanted}` downloads it"
         )
     return pull(wanted, consent=consent, make_vision=make_vision, notify=notify)
 
