@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from omnivlm_edge import cache, encoder
+from omnivlm_edge import cache
 from omnivlm_edge.cache import DiskCache, EmbeddingCache
 from omnivlm_edge.device import select_device
 from omnivlm_edge.encoder import PictureEncoder
-from omnivlm_edge.files import remembered_digest, write_whole
+from omnivlm_edge.files import identity, loaded_digest, write_whole
 
 SHAPE = (4, 64)
 DATA = np.arange(256, dtype=np.float32).reshape(SHAPE)
@@ -87,16 +87,30 @@ def test_memory_is_bounded() -> None:
 
 def test_digests_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
     file, memo = tmp_path / "file", tmp_path / "new" / "memo.json"
+
+    def digest(memo: Path | None = memo) -> str | None:
+        return loaded_digest(file, identity(file), memo)
+
     for content in (b"one", b"two", b"three"):
         file.write_bytes(content)
         os.utime(file, (1, 1))  # an old time, but the inode's own change time tells
         for _ in range(2):
-            assert remembered_digest(file, memo) == hashlib.sha256(content).hexdigest()
+            assert digest() == hashlib.sha256(content).hexdigest()
+    want = hashlib.sha256(b"three").hexdigest()
     for nonsense in (b"", b"[]", b'{"x": 3}', b"\xff"):
         memo.write_bytes(nonsense)
-        assert remembered_digest(file, memo) == hashlib.sha256(b"three").hexdigest()
-    assert remembered_digest(file, None) == hashlib.sha256(b"three").hexdigest()
-    assert remembered_digest(file, file / "no directory") == hashlib.sha256(b"three").hexdigest()
+        assert digest() == want
+    assert digest(None) == digest(file / "no directory") == want
+
+
+def test_a_file_that_was_replaced_has_no_digest(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"one")
+    loaded = identity(file)
+    write_whole(file, b"two")
+    assert loaded_digest(file, loaded, tmp_path / "memo") is None
+    file.unlink()
+    assert loaded_digest(file, loaded, tmp_path / "memo") is None
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -155,5 +169,29 @@ def test_another_device_or_version_is_another_embedding(
     other = open_encoder(mmproj)
     other._device = "CUDA0"
     assert other.encode(picture).cached == ""
-    monkeypatch.setattr(encoder, "version", lambda _: "99.0")
+    monkeypatch.setattr(cache, "version", lambda _: "99.0")
     assert open_encoder(mmproj).encode(picture).cached == ""
+
+
+def test_a_vision_file_replaced_after_loading_poisons_nothing(
+    mmproj: Path, tmp_path: Path, picture: Image.Image
+) -> None:
+    loaded = open_encoder(mmproj)
+    changed = bytearray(mmproj.read_bytes())
+    changed[-1] ^= 1
+    write_whole(mmproj, bytes(changed))
+    assert loaded.encode(picture).cached == ""
+    assert loaded.encode(picture).cached == "memory"
+    assert open_encoder(mmproj).encode(picture).cached == ""
+    loaded = open_encoder(mmproj)
+    mmproj.unlink()
+    assert loaded.encode(picture).data.shape == SHAPE
+
+
+def test_without_a_disk_cache_no_file_is_hashed(
+    mmproj: Path, tmp_path: Path, picture: Image.Image
+) -> None:
+    alone = PictureEncoder(mmproj, select_device("cpu"), 1, disk_cache=False)
+    assert alone.encode(picture).cached == ""
+    assert alone.encode(picture).cached == "memory"
+    assert not (tmp_path / "home").exists()

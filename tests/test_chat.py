@@ -130,3 +130,24 @@ def test_system_text(engine: OmniVLM, picture: Image.Image) -> None:
     usual = engine.answer(picture, "What is it?", SHORT)
     chat = engine.chat(system="Answer in one word.")
     assert chat.ask("What is it?", picture, SHORT).prompt_tokens < usual.prompt_tokens
+
+
+def test_pictures_given_during_an_answer_wait(engine: OmniVLM, picture: Image.Image) -> None:
+    chat = engine.chat()
+    stream = chat.stream("What is it?", picture, SHORT)
+    next(stream)
+    chat.add_images(picture)
+    for _ in stream:
+        pass
+    assert chat.ask("And this?", options=SHORT).image_tokens == 8
+
+
+def test_a_conversation_that_is_full_says_how_to_go_on(
+    engine: OmniVLM, picture: Image.Image
+) -> None:
+    chat = engine.chat()
+    chat.ask("What is it?", picture, SHORT)
+    with pytest.raises(ContextOverflowError, match="start the conversation over"):
+        chat.ask("Sure?", options=GenerateOptions(max_tokens=2040))
+    with pytest.raises(ContextOverflowError, match="shorten the choices"):
+        engine.choose(picture, "?", ["yes", "no " * 3000])

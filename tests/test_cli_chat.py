@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,7 +90,8 @@ def test_several_pictures_in_one_conversation(tiny_model: Path, image: Path) -> 
 
 
 def test_settings(tiny_model: Path, image: Path) -> None:
-    lines = "/set max_tokens 3\nWhat?\n/set temperature hot\n/set speed 3\n/set history off\n/set"
+    lines = "/set max_tokens 3\nWhat?\n/set temperature hot\n/set speed 3\n"
+    lines += "/set history maybe\n/set history off\n/set"
     lines += "\n/set system Be brief.\nWhat?\n/set system\n/set max_tokens off\n/set"
     result = run("run", tiny_model, "-i", image, "--json", stdin=lines)
     first, second = map(json.loads, result.stdout.splitlines())
@@ -98,6 +100,7 @@ def test_settings(tiny_model: Path, image: Path) -> None:
     for line in (
         "temperature is 'hot': it must be a number",
         "there is no setting speed: there are system, history, max_tokens, temperature",
+        "history is 'maybe': it must be on or off",
         "history false\nmax_tokens 3\n",
         "system null\nhistory false\nmax_tokens null\n",
     ):
@@ -118,6 +121,18 @@ def test_save(tiny_model: Path, image: Path, tmp_path: Path) -> None:
     assert "exists already" in result.stderr
     assert "/save needs a file" in result.stderr
     assert "cannot be written (No such file or directory)" in result.stderr
+
+
+def test_save_of_names_that_are_no_text(tiny_model: Path, image: Path, tmp_path: Path) -> None:
+    odd = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    os.rename(image, odd)
+    file = tmp_path / "talk.json"
+    lines = b"/image '%s'\nWhat?\n/save %s\n" % (odd, os.fsencode(file))
+    command = [*COMMAND, "run", str(tiny_model), "-n", "2"]
+    result = subprocess.run(command, input=lines, capture_output=True, timeout=60)
+    assert result.returncode == 0
+    assert b"Traceback" not in result.stderr
+    assert "caf\\udce9.png" in json.loads(file.read_text())["turns"][0]["images"][0]
 
 
 def test_mistakes_are_told_and_the_chat_goes_on(

@@ -44,7 +44,7 @@ ALLOWED = {
     "quantize": {"_native", "convert", "device", "errors", "model_file", "recipes", "vision"},
     "hub": {"errors", "files", "gguf_header", "model_file", "paths", "quantize", "values"},
     "models": {"errors", "hub", "model_file", "values"},
-    "store": {"errors", "hub", "memory", "model_file", "models", "paths", "prompt"},
+    "store": {"errors", "hub", "memory", "model_file", "models", "paths", "prompt", "values"},
     "prompt": {"errors", "values"},
     "decoder": {"_native", "errors", "prompt", "values"},
     "cache": {"files"},
@@ -57,7 +57,7 @@ ALLOWED = {
     "doctor": STAGES - {"vision", "prompt"}
     | {"_native", "engine", "errors", "hub", "memory", "model_file", "values"},
     "cli": {
-        *("convert", "doctor", "engine", "errors", "grammar", "hub", "image", "memory"),
+        *("convert", "doctor", "engine", "errors", "files", "grammar", "hub", "image", "memory"),
         *("models", "paths", "quantize", "recipes", "sources", "store", "values"),
     },
     "chat_handler": STAGES - {"image", "models"} | {"errors", "grammar", "sources", "values"},

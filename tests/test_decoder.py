@@ -523,7 +523,21 @@ def test_a_grammar_admits_nothing_else(decoder: TextDecoder) -> None:
 
 
 @pytest.mark.parametrize(
-    "grammar", ["", "root", "root ::= other", 'root ::= root "a"', 'x ::= "a"']
+    "grammar",
+    [
+        *(
+            "",
+            "root",
+            "root ::= other",
+            'root ::= root "a"',
+            'x ::= "a"',
+            'root ::= "a" \0',
+            "\udc80",
+        ),
+        "root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000,
+        "root ::= r1\n" + "\n".join(f"r{i} ::= r{i + 1}" for i in range(1, 100_000)),
+    ],
+    ids=range(9),
 )
 def test_wrong_grammars(decoder: TextDecoder, grammar: str) -> None:
     with pytest.raises(OptionError, match="the grammar cannot be used"):

@@ -244,7 +244,10 @@ def test_no_network(hub_cli: Cli) -> None:
     assert "HF_HUB_OFFLINE forbids to download it" in forbidden.stderr
     offline = hub_cli("run", "omnivision", "--offline")
     assert offline.returncode == 1
-    assert "omnivision: is not on this machine; where there is a network, `omnivlm-edge pull" in offline.stderr
+    assert (
+        "omnivision: is not on this machine; where there is a network, `omnivlm-edge pull"
+        in offline.stderr
+    )
 
 
 def test_too_little_space(hub: FakeHub, hub_env: dict[str, str], cache: Path) -> None:

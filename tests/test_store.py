@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,21 @@ def test_remove_a_whole_model(hub_cli: Cli, tmp_path: Path) -> None:
     assert files_under(tmp_path / "hf") == ["model.bin"]
     assert "hf:bert/base: is not on this machine" in hub_cli("rm", "hf:bert/base").stderr
     assert other.exists()
+
+
+def test_files_that_the_cache_only_links_to_are_not_removed(
+    hub_cli: Cli, hub_env: dict[str, str], tmp_path: Path
+) -> None:
+    """Another program's cache, or a user's own files, linked into a snapshot."""
+    mine = tmp_path / "mine"
+    shutil.copytree(DEMO, mine)
+    snapshot = Path(hub_env["HF_HOME"]) / "hub" / "models--a--b" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    for file in mine.glob("*.gguf"):
+        (snapshot / file.name).symlink_to(file)
+    assert hub_cli("rm", "hf:a/b").returncode == 0
+    assert not any(snapshot.parent.parent.glob("**/*.gguf"))
+    assert len(list(mine.glob("*.gguf"))) == 2
 
 
 def test_what_is_never_removed(hub_cli: Cli, tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ import contextlib
 import hashlib
 import os
 from collections import OrderedDict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from .files import write_whole
+from .files import make_private, write_whole
 
 MEMORY_ENTRIES = 32  # 9 MB of 81 x 896 floats
 DISK_BYTES = 256_000_000  # 880 pictures of 81 x 896 floats; 180 beginnings of 119 positions
@@ -49,8 +50,15 @@ class DiskCache:
     def put(self, key: str, value: bytes) -> None:
         if self._directory is not None:
             with contextlib.suppress(OSError):
+                make_private(self._directory)
                 write_whole(self._directory / key, hashlib.sha256(value).digest() + value)
                 _prune(self._directory)
+
+
+def cache_key(*parts: object) -> str:
+    """A key that depends on the parts, and on the versions of what computes the values."""
+    versions = [version(package) for package in ("omnivlm-edge", "llama-cpp-python")]
+    return hashlib.sha256(repr([versions, *parts]).encode()).hexdigest()
 
 
 class EmbeddingCache:

@@ -81,16 +81,18 @@ class Chat:
         """
         if image is not None:
             self.add_images(*(image if isinstance(image, list | tuple) else [image]))
+        given, self._waiting = self._waiting, ()
         if self.history:
-            turn = Turn(question, self._waiting)
+            turn = Turn(question, given)
             earlier = self.turns
         else:
-            turn = Turn(question, self._waiting or self._latest_images())
+            turn = Turn(question, given or self._latest_images())
             earlier = []
-        answering = self._model.generate_turn([*earlier, turn], options, self.system)
         text: str | None = None
         tokens: tuple[int, ...] = ()
+        answering = None
         try:
+            answering = self._model.generate_turn([*earlier, turn], options, self.system)
             while True:
                 try:
                     piece = next(answering)
@@ -101,10 +103,12 @@ class Chat:
                 text = (text or "") + piece
                 yield piece
         finally:
-            answering.close()
-            if text is not None:
+            if answering is not None:
+                answering.close()
+            if text is None:
+                self._waiting = given + self._waiting
+            else:
                 self.turns.append(Turn(question, turn.images, text, tokens))
-                self._waiting = ()
 
     def clear(self) -> None:
         """Forgets questions, answers and pictures."""

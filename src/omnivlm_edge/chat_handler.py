@@ -94,7 +94,10 @@ class OmniVLMChatHandler:
         """What `Llama.create_chat_completion` calls: an OpenAI response, or its chunks."""
         if tools or functions:
             raise OptionError("OmniVLM cannot call tools: leave tools and functions out")
-        grammar = _response_grammar(llama, response_format) or grammar
+        grammar = _response_grammar(response_format) or grammar
+        if grammar is not None:
+            # llama-cpp-python would hand on one that llama.cpp refuses as a null pointer.
+            llama_cpp.llama_sampler_free(new_grammar(grammar._grammar, llama._model.vocab))
         ids, pictures = self._tokenize(llama, messages)
         room = llama.n_ctx() - len(ids) - _SPARE
         wanted = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
@@ -211,7 +214,7 @@ def _read_content(where: str, role: str, content: object) -> tuple[str, tuple[st
 
 
 def _response_grammar(
-    llama: llama_cpp.Llama, response_format: Mapping[str, Any] | None
+    response_format: Mapping[str, Any] | None,
 ) -> llama_cpp.LlamaGrammar | None:
     match response_format:
         case None | {"type": "text"}:
@@ -225,10 +228,7 @@ def _response_grammar(
                 "response_format must be of the type text, json_object, or json_schema with a "
                 "schema in json_schema"
             )
-    gbnf = json_schema_grammar(schema)
-    # llama-cpp-python would hand a grammar that llama.cpp refuses on as a null pointer.
-    llama_cpp.llama_sampler_free(new_grammar(gbnf, llama._model.vocab))
-    return llama_cpp.LlamaGrammar.from_string(gbnf, verbose=False)
+    return llama_cpp.LlamaGrammar.from_string(json_schema_grammar(schema), verbose=False)
 
 
 def _row_ids(rows: Embeddings, n_vocab: int) -> Tokens:
@@ -254,9 +254,8 @@ def _prefill(
     for start, rows in pictures:
         if start < common < start + len(rows):
             common = start
-    if llama._ctx.kv_cache_seq_rm(-1, common, -1):
-        llama.n_tokens = common
-    else:
+    llama.n_tokens = common  # first: Ctrl-C may come in between
+    if not llama._ctx.kv_cache_seq_rm(-1, common, -1):
         llama.reset()
     for start, rows in pictures:
         if llama.n_tokens <= start:

@@ -40,6 +40,7 @@ Cell: TypeAlias = Hashable
 
 _MIN_BATCH, _MAX_BATCH = 256, 2048  # positions handed to llama.cpp at once
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ in llama.cpp
+_MAX_GRAMMAR_DEPTH, _MAX_GRAMMAR_RULES = 200, 5000
 _ALL_LAYERS = 999  # more than any model has
 _REPEAT_WINDOW = 64  # tokens that repeat_penalty looks back on; llama.cpp's default
 
@@ -253,8 +254,9 @@ class TextDecoder:
                     self._append(sequence, tokens[:-1], logits_from=0)
                     for i, token in enumerate(tokens[1:]):
                         score += float(_log_softmax(self._logits_at(i))[token])
-                    self._forget(sequence.seq_id, start)
                     sequence.position = start
+                    if not self._forget(sequence.seq_id, start):
+                        raise OptionError("this model cannot score choices of several tokens")
                 scores.append(score)
             sequence._step = -1
             return scores
@@ -368,11 +370,11 @@ class TextDecoder:
     def _forget(self, seq_id: int, start: int) -> bool:
         """Removes positions from `start` on; all of them where the model can only do that."""
         memory = llama_cpp.llama_get_memory(self._context)
+        del self._cells[seq_id][start:]  # first: Ctrl-C may come in between
         partly = bool(llama_cpp.llama_memory_seq_rm(memory, seq_id, start, -1))
         if not partly:
+            self._cells[seq_id].clear()
             llama_cpp.llama_memory_seq_rm(memory, seq_id, -1, -1)
-            start = 0
-        del self._cells[seq_id][start:]
         return partly
 
     def _make_room(self, n_positions: int) -> None:
@@ -547,13 +549,29 @@ def new_grammar(grammar: str, vocab: Any) -> Any:
     Raises OptionError when llama.cpp cannot use the grammar.
     """
     take_log_error()
-    text = grammar.encode(errors="replace").strip()
-    # An empty grammar would admit everything.
-    sampler = llama_cpp.llama_sampler_init_grammar(vocab, text, b"root") if text else None
-    if not sampler:
+    sampler = None
+    reason = _grammar_problem(grammar)
+    if not reason:
+        sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
         reason = take_log_error().strip() or "it must define root"
+    if not sampler:
         raise OptionError(f"the grammar cannot be used ({reason})")
     return sampler
+
+
+def _grammar_problem(grammar: str) -> str:
+    """What llama.cpp's recursive parser would not survive, or not take as it is meant."""
+    depth = deepest = 0
+    for character in grammar:
+        depth += (character == "(") - (character == ")")
+        deepest = max(deepest, depth)
+    if deepest > _MAX_GRAMMAR_DEPTH or grammar.count("::=") > _MAX_GRAMMAR_RULES:
+        return f"more than {_MAX_GRAMMAR_DEPTH} brackets deep or {_MAX_GRAMMAR_RULES} rules long"
+    if not grammar.strip():
+        return "it is empty"
+    if "\0" in grammar or any("\ud800" <= character <= "\udfff" for character in grammar):
+        return "it is not valid text: it must be UTF-8"
+    return ""
 
 
 # llama_token_data, as an array

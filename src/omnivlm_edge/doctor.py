@@ -31,12 +31,11 @@ from .image import normalise, resize
 from .memory import ALLOWANCE, memory_needed
 from .model_file import inspect_file
 from .models import find_model
-from .values import GenerateOptions, ModelFiles
+from .values import DEFAULT_N_CTX, GenerateOptions, ModelFiles
 
 Status = Literal["ok", "warning", "problem"]
 
 PACKAGES = "omnivlm-edge llama-cpp-python gguf numpy pillow huggingface_hub".split()
-N_CTX = 2048  # the default of `run`
 # Largest relative error of an embedding. Two kinds of attention on one CPU differ by 0.0006 at the
 # published sizes in F16, by 0.005 in BF16, and by 0.02 where quantized weights make ggml round the
 # activations to 8 bits.
@@ -121,7 +120,7 @@ def examine(
     try:
         files = find_model(model, mmproj, offline=True)
         vision = inspect_file(files.mmproj)
-        needed = memory_needed(inspect_file(files.text), vision, N_CTX)
+        needed = memory_needed(inspect_file(files.text), vision, DEFAULT_N_CTX)
     except OmniVLMError as exc:
         yield Check("model", "problem", str(exc), "check MODEL and --mmproj")
         return

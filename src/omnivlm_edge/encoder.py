@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,9 @@ import numpy.typing as npt
 from . import image as images
 from . import prompt as prompts
 from ._native import Device, VisionHparams
-from .cache import DiskCache, EmbeddingCache
+from .cache import DiskCache, EmbeddingCache, cache_key
 from .errors import ModelFileError
-from .files import remembered_digest
+from .files import identity, loaded_digest
 from .image import ImageSource
 from .paths import cache_dir
 from .values import ImageEmbedding
@@ -28,7 +27,7 @@ from .vision import Vision
 class PictureEncoder:
     """The vision path of one mmproj file on one device, and what it encoded before.
 
-    `disk_cache` keeps encoded pictures on disk for other processes too.
+    `disk_cache` keeps encoded pictures and the file's hash on disk, for other processes too.
 
     Raises ModelFileError when the file cannot be used, DeviceError when the device fails.
     """
@@ -36,13 +35,11 @@ class PictureEncoder:
     def __init__(self, path: Path, device: Device, n_threads: int, *, disk_cache: bool) -> None:
         self._path = path
         self._device = device.name
+        if path.exists():  # else Vision says so
+            self._loaded = identity(path)
         self._vision = Vision(path, device, n_threads)
-        hparams = self._vision.hparams
-        self._cache = EmbeddingCache(
-            (hparams.n_tokens, hparams.n_embd_text),
-            DiskCache(cache_dir() / "embeddings" if disk_cache else None),
-        )
-        self._cache_scope = b""  # what an embedding depends on besides the pixels
+        self._cache = self._new_cache(cache_dir() / "embeddings" if disk_cache else None)
+        self._scope: str | None = None  # the vision file's digest
         #: Where files' hashes are remembered.
         self.hashes = cache_dir() / "file-hashes.json" if disk_cache else None
 
@@ -91,11 +88,14 @@ class PictureEncoder:
         return ImageEmbedding(data, preprocessed - started, seconds, picture.name)
 
     def _cache_key(self, pixels: npt.NDArray[np.uint8]) -> str:
-        if not self._cache_scope:
-            mmproj = remembered_digest(self._path, self.hashes)
-            scope = (version("omnivlm-edge"), mmproj, self._device)
-            self._cache_scope = "\n".join(scope).encode()
-        digest = hashlib.sha256(self._cache_scope)
-        digest.update(repr(pixels.shape).encode())
-        digest.update(pixels.data)
-        return digest.hexdigest()
+        if self._scope is None and self.hashes is not None:
+            self._scope = loaded_digest(self._path, self._loaded, self.hashes)
+        if self._scope is None:  # for this object alone
+            self._scope = ""
+            self._cache = self._new_cache(None)
+        seen = hashlib.sha256(pixels.data).hexdigest()
+        return cache_key(self._scope, self._device, pixels.shape, seen)
+
+    def _new_cache(self, directory: Path | None) -> EmbeddingCache:
+        shape = self.hparams.n_tokens, self.hparams.n_embd_text
+        return EmbeddingCache(shape, DiskCache(directory))

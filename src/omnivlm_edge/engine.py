@@ -6,12 +6,10 @@ encoder.py: image.py - vision.py (native/) ---------- prompt.py, decoder.py
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
@@ -19,18 +17,19 @@ from typing import TypeAlias
 import numpy as np
 
 from . import prompt as prompts
-from .cache import DiskCache
+from .cache import DiskCache, cache_key
 from .chat import Chat, Images
 from .decoder import Embeddings, TextDecoder, Tokens, TokenSequence, cells_of
 from .device import check_threads, select_device
 from .encoder import PictureEncoder
 from .errors import ClosedError, ContextOverflowError, OptionError
-from .files import remembered_digest
+from .files import identity, loaded_digest
 from .image import ImageSource
 from .models import find_model
 from .paths import cache_dir
 from .values import (
     DEFAULT_MAX_TOKENS,
+    DEFAULT_N_CTX,
     Answer,
     FinishReason,
     GenerateOptions,
@@ -53,7 +52,8 @@ class OmniVLM:
         n_threads: CPU threads; the cores that this process may use when left out.
         n_gpu_layers: layers of the text model on the device; all when left out.
         mmproj_offload: whether the vision path runs on the device too, or on the CPU.
-        disk_cache: whether encoded pictures are kept on disk for other processes too.
+        disk_cache: whether encoded pictures, the beginnings of prompts and the files' hashes are
+            kept on disk, for other processes too.
 
     Raises ModelFileError, DeviceError, OptionError. One object generates one answer at a time:
     a second one, from another thread too, raises BusyError until the first is finished or its
@@ -67,7 +67,7 @@ class OmniVLM:
         *,
         variant: str | None = None,
         device: str = "auto",
-        n_ctx: int = 2048,
+        n_ctx: int = DEFAULT_N_CTX,
         n_threads: int | None = None,
         n_gpu_layers: int | None = None,
         mmproj_offload: bool = True,
@@ -82,6 +82,7 @@ class OmniVLM:
         chosen = select_device(device)
         vision_device = chosen if mmproj_offload else select_device("cpu")
 
+        self._loaded = {path: identity(path) for path in (files.text, files.mmproj)}
         encoder = PictureEncoder(files.mmproj, vision_device, threads, disk_cache=disk_cache)
         self._encoder: PictureEncoder | None = encoder
         self._variant = encoder.prompt_variant(files.variant)
@@ -91,7 +92,6 @@ class OmniVLM:
         encoder.check_text_model(files.text, self._decoder.n_embd)
         self._hashes = encoder.hashes
         self._beginnings = DiskCache(cache_dir() / "beginnings" if disk_cache else None)
-        self._disk_cache = disk_cache
         self.files = files
         self.device = chosen.name
         self.vision_device = vision_device.name
@@ -117,11 +117,13 @@ class OmniVLM:
         """False for OCR models: they read a picture, whatever is asked."""
         return prompts.takes_questions(self._variant)
 
-    def file_hashes(self) -> dict[Path, str]:
-        """The SHA-256 of both files, in hex. The first time it reads them whole."""
+    def file_hashes(self) -> dict[Path, str | None]:
+        """The SHA-256 of both files, in hex; None for one that changed since it was loaded.
+
+        The first time it reads them whole.
+        """
         return {
-            path: remembered_digest(path, self._hashes)
-            for path in (self.files.text, self.files.mmproj)
+            path: loaded_digest(path, loaded, self._hashes) for path, loaded in self._loaded.items()
         }
 
     def encode(self, image: ImageSource) -> ImageEmbedding:
@@ -182,7 +184,10 @@ class OmniVLM:
         parts = self._tokenize(turns, system)
         room = self._decoder.n_ctx - sum(map(self._count, parts))
         if room < (options.max_tokens or 1):
-            raise ContextOverflowError(self._overflow(room, options.max_tokens))
+            what = "lower max_tokens (-n)"
+            if len(turns) > 1:
+                what = "start the conversation over (/clear)"
+            raise ContextOverflowError(self._overflow(room, options.max_tokens or 1, what))
         max_tokens = options.max_tokens or min(DEFAULT_MAX_TOKENS, room)
         return self._generate(parts, options, max_tokens, started)
 
@@ -207,7 +212,7 @@ class OmniVLM:
         }
         longest = max(map(len, tokens.values()))
         if room < longest:
-            raise ContextOverflowError(self._overflow(room, longest))
+            raise ContextOverflowError(self._overflow(room, longest, "shorten the choices"))
         sequence = self._decoder.open(GenerateOptions())
         try:
             self._prefill(sequence, self._embed(parts)[0], _first_picture(parts))
@@ -280,17 +285,14 @@ class OmniVLM:
     def _count(self, part: _Part) -> int:
         return self.image_tokens if isinstance(part, _Picture) else len(part)
 
-    def _overflow(self, room: int, max_tokens: int | None) -> str:
+    def _overflow(self, room: int, wanted: int, advice: str) -> str:
         n_ctx = self._decoder.n_ctx
-        advice = "shorten the prompt, lower max_tokens (-n) or raise n_ctx (-c)"
+        last = " or raise n_ctx (-c)"
         if n_ctx >= self._decoder.n_ctx_train:
-            advice = (
-                "shorten the prompt or lower max_tokens (-n); the model was trained for no more "
-                "positions"
-            )
+            last = "; the model was trained for no more positions"
         return (
-            f"the prompt ({n_ctx - room} positions) and an answer of {max_tokens or 1} or more do "
-            f"not fit into the context of {n_ctx}: {advice}"
+            f"the prompt ({n_ctx - room} positions) and an answer of {wanted} or more do not fit "
+            f"into the context of {n_ctx}: shorten the prompt, {advice}{last}"
         )
 
     def _embed(
@@ -317,12 +319,14 @@ class OmniVLM:
     ) -> None:
         """Prefills a prompt. Its first parts, up to the first picture, are kept on disk."""
         decoder, first = self._decoder, parts[:n_first]
-        if not self._disk_cache or not first or decoder.holds(sequence, first):
+        text = self.files.text
+        digest = None
+        if self._hashes is not None and first and not decoder.holds(sequence, first):
+            digest = loaded_digest(text, self._loaded[text], self._hashes)
+        if digest is None:
             decoder.prefill(sequence, parts)
             return
-        scope = [version(package) for package in ("omnivlm-edge", "llama-cpp-python")]
-        scope += [remembered_digest(self.files.text, self._hashes), self.device]
-        key = hashlib.sha256(repr([scope, cells_of(first)]).encode()).hexdigest()
+        key = cache_key(digest, self.device, cells_of(first))
         state = self._beginnings.get(key)
         if state is not None and decoder.restore(sequence, first, state):
             decoder.prefill(sequence, parts)

@@ -23,27 +23,46 @@ def digest_file(path: Path, hasher: _Hash | None = None) -> str:
     return hasher.hexdigest()
 
 
-def remembered_digest(path: Path, memo: Path | None) -> str:
-    """The SHA-256 of a file in hex, read from `memo` unless its size or its times changed."""
+def identity(path: Path) -> list[int]:
+    """What changes when a file is replaced or written to. Raises OSError."""
     stat = path.stat()
-    name = str(path.resolve())
-    identity = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    entries = _read_memo(memo) if memo is not None else {}
-    *known, digest = entries.get(name, [""])
-    if known == identity:
-        return str(digest)
-    digest = digest_file(path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def loaded_digest(path: Path, loaded: list[int], memo: Path | None) -> str | None:
+    """The SHA-256 in hex of a file whose `identity` was taken when it was loaded.
+
+    None when it is another file by now, or none. `memo` remembers digests for other processes.
+    """
+    try:
+        if identity(path) != loaded:
+            return None
+        name = str(path.resolve())
+        entries = _read_memo(memo) if memo is not None else {}
+        *known, digest = entries.get(name, [""])
+        if known == loaded:
+            return str(digest)
+        digest = digest_file(path)
+        if identity(path) != loaded:
+            return None
+    except OSError:
+        return None
     if memo is not None:
-        entries[name] = [*identity, digest]
+        entries[name] = [*loaded, digest]
         present = {name: entry for name, entry in entries.items() if os.path.exists(name)}
         with contextlib.suppress(OSError):
+            make_private(memo.parent)
             write_whole(memo, json.dumps(present, indent=0).encode())
     return str(digest)
 
 
+def make_private(directory: Path) -> None:
+    """A directory for the user alone, with all above it. Raises OSError."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """The whole file or none, whoever else writes it at the same time. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # for the user alone
     descriptor, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -248,10 +248,11 @@ def cached_snapshots(repo: str) -> list[list[ModelFile]]:
     if not (root / "snapshots").is_dir():
         return []
     main = ""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         main = (root / "refs" / "main").read_text()
     snapshots = sorted(
-        (root / "snapshots").iterdir(), key=lambda path: (path.name == main, path.stat().st_mtime)
+        filter(Path.is_dir, (root / "snapshots").iterdir()),
+        key=lambda path: (path.name == main, path.stat().st_mtime),
     )
     result = []
     for snapshot in reversed(snapshots):
@@ -343,15 +344,22 @@ def _remote_header(repo: str, commit: str, name: str, etag: str) -> Header:
 
     blob = repo_cache(repo) / "blobs" / etag
     if blob.is_file():
-        return read_header(blob)
+        with suppress(ModelFileError):  # damaged: `_download` gets it again
+            return read_header(blob)
     header = Header({}, [], partial=True)
     for length in (_HEAD, _LONG_HEAD):
-        response = get_session().get(
-            hf_hub_url(repo, name, revision=commit),
-            headers={**_request_headers(), "Range": f"bytes=0-{length - 1}"},
-        )
-        hf_raise_for_status(response)
-        header = parse_header(response.content[:length], name)
+        content = bytearray()
+        headers = {**_request_headers(), "Range": f"bytes=0-{length - 1}"}
+        url = hf_hub_url(repo, name, revision=commit)
+        with get_session().stream("GET", url, headers=headers) as response:
+            if response.is_error:
+                response.read()  # for the message
+            hf_raise_for_status(response)
+            for chunk in response.iter_raw(1 << 16):
+                content += chunk
+                if len(content) >= length:  # a server that knows no ranges sends all of the file
+                    break
+        header = parse_header(bytes(content[:length]), name)
         # llama.cpp's quantizer writes the type behind the vocabulary.
         if not header.partial or "general.file_type" in header.metadata:
             break
@@ -407,6 +415,8 @@ def _download(repo: str, commit: str, file: ModelFile) -> ModelFile:
     blob.parent.mkdir(parents=True, exist_ok=True)
     lock.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
+        if blob.exists() and _hash(blob, file.etag) != file.etag:
+            blob.unlink()
         if not blob.exists():
             partial = _partial(blob)
             with partial.open("ab") as stream:

@@ -27,6 +27,9 @@ _HEIF_BRANDS = frozenset(
     for brand in b"heic heix heim heis hevc hevx hevm hevs mif1 msf1 avif avis".split()
 )
 
+# No others of Pillow's: some hand strangers' bytes to outside programs (EPS: Ghostscript).
+_FORMATS = "JPEG MPO PNG WEBP GIF BMP DIB TIFF PPM ICO AVIF HEIF".split()
+
 _warnings_lock = threading.Lock()  # the filters that catch_warnings restores are the process's
 
 
@@ -76,7 +79,10 @@ def load_image(source: ImageSource, name: str | None = None) -> Picture:
             # real), and about formats that it was built without, of which our error tells.
             with _warnings_lock, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                image = Image.open(opened)
+                Image.init()  # knows all formats from here on
+                image = Image.open(
+                    opened, formats=[name for name in _FORMATS if name in Image.OPEN]
+                )
         turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
         upright = _to_rgb(ImageOps.exif_transpose(image))
         return Picture(upright, name, image.size, image.format, turned)

@@ -47,8 +47,8 @@ _OWN_KEYS = [
 
 
 def quantize_file(
-    source: Path,
-    output: Path,
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     type_name: str,
     *,
     n_threads: int | None = None,
@@ -62,6 +62,7 @@ def quantize_file(
     Raises OptionError for an unknown name, ModelFileError when `source` is damaged, of another
     kind or quantized already, ConvertError when `output` cannot be written or is `source` itself.
     """
+    source, output = Path(source), Path(output)
     name = recipe_name(type_name)
     n_threads = check_threads(n_threads)
     progress = progress or (lambda done, total: None)

@@ -182,8 +182,12 @@ def _connect(
     if not secure:
         return http.client.HTTPConnection(parts.hostname, port), sock
     context = ssl.create_default_context()
-    sock.settimeout(_left(deadline))
-    sock = context.wrap_socket(sock, server_hostname=parts.hostname)
+    try:
+        sock.settimeout(_left(deadline))
+        sock = context.wrap_socket(sock, server_hostname=parts.hostname)
+    except BaseException:
+        sock.close()
+        raise
     return http.client.HTTPSConnection(parts.hostname, port, context=context), sock
 
 

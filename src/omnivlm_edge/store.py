@@ -26,8 +26,7 @@ from .model_file import ModelFile, fitting_texts, inspect_file, pair
 from .models import find_model
 from .paths import models_dir
 from .prompt import default_variant
-
-_N_CTX = 2048  # the default of `OmniVLM`
+from .values import DEFAULT_N_CTX
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def describe_model(model: str) -> dict[str, object]:
 
     The keys: `name`; `text` and `vision`, each with `file`, `size` (bytes), `architecture`,
     `parameters`, `quantization`; `text` also with `context_length`, `vision` with `image_size`
-    (pixels) and `image_tokens`; `variant`; and for a pair `memory` (bytes, for 2048 positions).
+    (pixels) and `image_tokens`; `variant`; and for a pair `memory` (bytes).
 
     Raises ModelFileError when it is not here or damaged.
     """
@@ -86,7 +85,7 @@ def describe_model(model: str) -> dict[str, object]:
         "name": model,
         "text": _describe_text(text),
         "vision": {**about_vision, "variant": files.variant or about_vision["variant"]},
-        "memory": memory_needed(text, vision, _N_CTX),
+        "memory": memory_needed(text, vision, DEFAULT_N_CTX),
     }
 
 
@@ -119,7 +118,7 @@ def remove(model: str) -> int:
         raise ModelFileError(f"{wanted}: is not on this machine; see `omnivlm-edge ls`")
     before = _disk_usage(cache) + _disk_usage(made)
     for file in doomed:
-        _delete(file.path)
+        _delete(file.path, cache / "blobs")
     # One quantization may have neighbours that are none of ours; a whole repository goes as such.
     snapshots = cache / "snapshots"
     if wanted.quantization is None or not any(path.is_file() for path in snapshots.rglob("*")):
@@ -173,10 +172,12 @@ def _describe_vision(file: ModelFile) -> dict[str, object]:
     }
 
 
-def _delete(path: Path) -> None:
-    """A file, and the blob of the cache that it links to."""
+def _delete(path: Path, blobs: Path) -> None:
+    """A file, and the blob of the cache that it links to. Other places are none of ours."""
     if path.is_symlink():
-        (path.parent / os.readlink(path)).unlink(missing_ok=True)
+        blob = path.parent / os.readlink(path)
+        if blob.parent.resolve() == blobs.resolve():
+            blob.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 

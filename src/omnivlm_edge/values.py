@@ -14,6 +14,7 @@ import numpy.typing as npt
 from .errors import OptionError
 
 DEFAULT_MAX_TOKENS = 512  # or what the context has room for
+DEFAULT_N_CTX = 2048  # positions
 MAX_SEED = 2**32 - 2  # one less than llama.cpp's seeds: its largest means "random"
 
 FinishReason = Literal["stop", "length"]
@@ -138,8 +139,9 @@ class Answer:
     """One finished answer.
 
     `prompt_tokens` counts every position before the answer: `image_tokens` of them are pictures',
-    `cached_tokens` were still in the context from before and cost nothing. `tokens` are the
-    sampled ones, without the one that ended the answer; `images` are the pictures of the prompt.
+    `cached_tokens` were in the context from before, or came from disk, and cost next to nothing.
+    `tokens` are the sampled ones, without the one that ended the answer; `images` are the pictures
+    of the prompt.
     """
 
     text: str

@@ -8,12 +8,14 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import OmniVLMError, OptionError
+from ..files import make_private, write_whole
 from ..paths import cache_dir
 from ..values import GenerateOptions
 from .output import Output, describe
@@ -45,7 +47,9 @@ class ChatLoop:
         system: str | None,
         *,
         allow_private: bool,
+        keep_history: bool,
     ) -> None:
+        self._keep_history = keep_history
         self._engine = engine
         self._output = output
         self._options = options
@@ -73,7 +77,8 @@ class ChatLoop:
             )
         if pictures:
             self._load(pictures)
-        for line in _typed_lines([*self._commands, "/bye"]) if interactive else _piped_lines():
+        typed = partial(_typed_lines, [*self._commands, "/bye"], keep_history=self._keep_history)
+        for line in typed() if interactive else _piped_lines():
             if line in ("/bye", "/exit", "/quit", "bye", "exit", "quit"):
                 return
             try:
@@ -142,9 +147,12 @@ class ChatLoop:
         elif name == "system":
             self._chat.system = value.strip() or None
         elif name == "history":
-            self._chat.history = _parse(value, on=True, off=False)
+            switch = {"on": True, "off": False}.get(value.strip())
+            if switch is None:
+                raise OptionError(f"history is {value.strip()!r}: it must be on or off")
+            self._chat.history = switch
         else:
-            self._options = replace(self._options, **{name: _parse(value, off=None)})
+            self._options = replace(self._options, **{name: _parse(value)})
 
     def _settings(self) -> dict[str, Any]:
         options = {
@@ -170,12 +178,11 @@ class ChatLoop:
                 for turn in self._chat.turns
             ],
         }
+        if path.exists():  # no file is lost
+            raise OptionError(f"{path}: exists already; give another name")
+        text = json.dumps(conversation, ensure_ascii=False, indent=1) + "\n"
         try:
-            with path.open("x", encoding="utf-8") as file:  # no file is lost
-                json.dump(conversation, file, ensure_ascii=False, indent=1)
-                file.write("\n")
-        except FileExistsError as exc:
-            raise OptionError(f"{path}: exists already; give another name") from exc
+            write_whole(path, text.encode(errors="backslashreplace"))  # names may be no text
         except OSError as exc:
             raise OptionError(f"{path}: cannot be written ({exc.strerror})") from exc
         _say(f"Saved to {path}.")
@@ -185,10 +192,12 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
-def _parse(value: str, **words: Any) -> Any:
-    """A word, a whole number or a number; what is none of them stays text, to be refused."""
-    for kind in (words.__getitem__, int, float):
-        with contextlib.suppress(KeyError, ValueError):
+def _parse(value: str) -> Any:
+    """`off` (None), a whole number or a number; what is none of them stays text, to be refused."""
+    if value.strip() in ("off", "none", "null"):
+        return None
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
             return kind(value.strip())
     return value
 
@@ -201,7 +210,7 @@ def _piped_lines() -> Iterator[str]:
             yield text
 
 
-def _typed_lines(commands: Sequence[str]) -> Iterator[str]:
+def _typed_lines(commands: Sequence[str], *, keep_history: bool) -> Iterator[str]:
     """Non-empty lines from the terminal, with history, editing and completion."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import Completer, PathCompleter, WordCompleter, merge_completers
@@ -217,9 +226,10 @@ def _typed_lines(commands: Sequence[str]) -> Iterator[str]:
             return self._paths.get_completions(Document(document.text.split(" ")[-1]), event)
 
     history: History = InMemoryHistory()
-    with contextlib.suppress(OSError):
-        cache_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
-        history = FileHistory(str(cache_dir() / "chat-history"))
+    if keep_history:
+        with contextlib.suppress(OSError):
+            make_private(cache_dir())
+            history = FileHistory(str(cache_dir() / "chat-history"))
     session: PromptSession[str] = PromptSession(
         ">>> ",
         history=history,

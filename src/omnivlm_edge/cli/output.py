@@ -95,7 +95,8 @@ class Output:
             "vision_device": engine.vision_device,
             "peak_rss_mb": round(peak_rss() / 1e6, 1),
         }
-        click.echo(json.dumps(report, ensure_ascii=False))
+        text = json.dumps(report, ensure_ascii=False)
+        click.echo(text.encode(errors="backslashreplace").decode())  # names may be no text
 
 
 def describe(engine: OmniVLM, picture: Picture) -> str:
@@ -108,7 +109,7 @@ def describe(engine: OmniVLM, picture: Picture) -> str:
     )
 
 
-def _file(path: Path, hashes: dict[Path, str]) -> dict[str, str]:
+def _file(path: Path, hashes: dict[Path, str | None]) -> dict[str, str | None]:
     return {"file": path.name, "sha256": hashes[path]}
 
 

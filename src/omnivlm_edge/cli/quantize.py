@@ -10,7 +10,7 @@ import click
 
 from ..errors import OptionError
 from ..recipes import RECIPES, recipe_name
-from .options import model_argument, setting
+from .options import model_argument, note, setting
 
 
 def _type_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,7 +33,7 @@ def quantize(
 ) -> None:
     """Make smaller files of MODEL.
 
-    MODEL is `demo`, a directory that holds a text model and its mmproj, or one of the two files
+    MODEL is `demo`, a published model's name (its F16 files are taken), a directory that holds a text model and its mmproj, or one of the two files
     alone. The result goes into the directory OUT, which is the source's own when left out (the
     current one for `demo` and other names). Name the type as `--type q4_k_m`, or `--q4_k_m` for
     short.
@@ -48,7 +48,10 @@ def quantize(
     if Path(model).is_file():
         sources = [Path(model)]
     else:
-        files = find_model(model)
+        reference = parse_reference(model)
+        if reference is not None and reference.quantization is None:
+            model += ":f16"  # what is quantized already cannot be quantized well
+        files = find_model(model, notify=note)
         sources = [files.text, files.mmproj]
     if out is None:  # a name's files lie where nobody looks for new ones
         named = model == "demo" or parse_reference(model) is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..errors import OptionError
-from ..values import MAX_SEED, GenerateOptions
+from ..values import DEFAULT_N_CTX, MAX_SEED, GenerateOptions
 from .options import complete_path, consent, model_argument, note, setting
 from .output import Output, describe
 
@@ -93,7 +93,7 @@ DEFAULTS = GenerateOptions()
     "-c",
     "--ctx-size",
     type=click.IntRange(min=1),
-    default=2048,
+    default=DEFAULT_N_CTX,
     show_default=True,
     help="Positions for prompt, pictures and answer.",
 )
@@ -106,7 +106,7 @@ DEFAULTS = GenerateOptions()
     help="Layers of the text model on the GPU.  [default: all]",
 )
 @setting("--no-mmproj-offload", is_flag=True, help="Encode pictures on the CPU.")
-@setting("--no-cache", is_flag=True, help="Keep no encoded pictures on disk.")
+@setting("--no-cache", is_flag=True, help="Keep no pictures, prompts, hashes and lines on disk.")
 @setting("--allow-private-urls", is_flag=True, help="Fetch pictures from private addresses too.")
 @setting("--offline", is_flag=True, help="Download no models.")
 @click.option("-y", "--yes", is_flag=True, help="Make here, once, what is not published.")
@@ -214,7 +214,14 @@ def run(
         else:
             from .chat import ChatLoop
 
-            loop = ChatLoop(engine, output, options, system, allow_private=allow_private_urls)
+            loop = ChatLoop(
+                engine,
+                output,
+                options,
+                system,
+                allow_private=allow_private_urls,
+                keep_history=not no_cache,
+            )
             loop.run(pictures)
 
 

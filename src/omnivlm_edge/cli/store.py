@@ -123,6 +123,7 @@ def rm(models: tuple[str, ...], as_json: bool) -> None:
 
 def _lines(about: Mapping[str, Any]) -> list[tuple[str, ...]]:
     from ..hub import megabytes
+    from ..values import DEFAULT_N_CTX
 
     lines: list[tuple[str, ...]] = []
     for part in ("text", "vision"):
@@ -146,7 +147,7 @@ def _lines(about: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 ("  prompt variant", details["variant"]),
             ]
     if "memory" in about:
-        lines.append(("memory needed", f"{megabytes(about['memory'])} (2048 positions)"))
+        lines.append(("memory needed", f"{megabytes(about['memory'])} ({DEFAULT_N_CTX} positions)"))
     return lines
 
 
