@@ -380,3 +380,21 @@ def test_a_terminal_is_asked(hub_env: dict[str, str]) -> None:
         terminal.expect(pexpect.EOF, timeout=60)
         assert "Error: omnivision:q4_k_m: is not published" in terminal.before
     assert terminal.exitstatus == 1
+
+
+def test_pull_mends_a_file_that_was_damaged_here(hub_cli: Cli) -> None:
+    files = pulled(hub_cli("pull", "omnivision"))
+    for path, spoilt in zip(files, (b"GGUF", b"no header at all"), strict=True):
+        whole = path.read_bytes()
+        path.resolve().write_bytes(spoilt)
+        assert pulled(hub_cli("pull", "omnivision")) == files
+        assert path.read_bytes() == whole
+
+
+def test_quantize_takes_the_f16_files_of_a_name(hub_cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    written = pulled(hub_cli("quantize", "omnivision", out, "--q8_0"))
+    assert [path.name for path in written] == [
+        "omnivision-text-optimized-llm-Q8_0.gguf",
+        "mmproj-omnivision-text-optimized-Q8_0.gguf",
+    ]

@@ -33,10 +33,10 @@ def quantize(
 ) -> None:
     """Make smaller files of MODEL.
 
-    MODEL is `demo`, a published model's name (its F16 files are taken), a directory that holds a text model and its mmproj, or one of the two files
-    alone. The result goes into the directory OUT, which is the source's own when left out (the
-    current one for `demo` and other names). Name the type as `--type q4_k_m`, or `--q4_k_m` for
-    short.
+    MODEL is `demo`, a published model's name (its F16 files are taken), a directory that holds a
+    text model and its mmproj, or one of the two files alone. The result goes into the directory
+    OUT, which is the source's own when left out (the current one for names). Name the type as
+    `--type q4_k_m`, or `--q4_k_m` for short.
     """
     from tqdm import tqdm
 
