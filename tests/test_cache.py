@@ -7,11 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from PIL import Image
 
-from omnivlm_edge import cache
+from omnivlm_edge import ModelFileError, cache
 from omnivlm_edge.cache import DiskCache, EmbeddingCache
 from omnivlm_edge.device import select_device
 from omnivlm_edge.encoder import PictureEncoder
@@ -195,3 +196,14 @@ def test_without_a_disk_cache_no_file_is_hashed(
     assert alone.encode(picture).cached == ""
     assert alone.encode(picture).cached == "memory"
     assert not (tmp_path / "home").exists()
+
+
+def test_what_is_no_number_is_refused_and_not_kept(mmproj: Path, picture: Image.Image) -> None:
+    reader = gguf.GGUFReader(mmproj, "r+")
+    (weight,) = (tensor for tensor in reader.tensors if tensor.name == "mm.2.weight")
+    weight.data[:] = np.nan
+    reader.data.flush()
+    del reader, weight
+    for _ in range(2):
+        with pytest.raises(ModelFileError, match="makes no numbers of the image on CPU"):
+            open_encoder(mmproj).encode(picture)

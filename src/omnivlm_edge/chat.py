@@ -21,6 +21,16 @@ class Model(Protocol):
     ) -> Generator[str, None, Answer]: ...
 
 
+def finish(stream: Generator[str, None, Answer]) -> Answer:
+    """What a stream of text returns at its end."""
+    while True:
+        try:
+            next(stream)
+        except StopIteration as finished:
+            answer: Answer = finished.value
+            return answer
+
+
 class Chat:
     """A conversation with one model. Made by `OmniVLM.chat`.
 
@@ -59,13 +69,7 @@ class Chat:
         options: GenerateOptions | None = None,
     ) -> Answer:
         """The whole answer; arguments and errors as for `stream`."""
-        stream = self.stream(question, image, options)
-        while True:
-            try:
-                next(stream)
-            except StopIteration as finished:
-                answer: Answer = finished.value
-                return answer
+        return finish(self.stream(question, image, options))
 
     def stream(
         self,

@@ -67,7 +67,8 @@ class PictureEncoder:
         It is found by its resized pixels, the vision file's content, the device and this package's
         version.
 
-        Raises ImageError (see `image.load_image`) and DeviceError.
+        Raises ImageError (see `image.load_image`), DeviceError, and ModelFileError when what comes
+        out is no number: the file is damaged, or the device computes wrongly.
         """
         started = time.perf_counter()
         hparams = self.hparams
@@ -82,6 +83,11 @@ class PictureEncoder:
             return ImageEmbedding(data, preprocessed - started, looked_up, picture.name, where)
         normalised = images.normalise(pixels, hparams.image_mean, hparams.image_std)
         data = self._vision.encode(normalised[None])[0]  # [n_tokens, n_embd_text]
+        if not np.isfinite(data).all():
+            raise ModelFileError(
+                f"{self._path}: makes no numbers of {picture.name} on {self._device}: download or "
+                "convert it again, or try --device cpu"
+            )
         data.flags.writeable = False
         seconds = time.perf_counter() - preprocessed
         self._cache.put(key, data)

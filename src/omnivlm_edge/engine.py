@@ -18,7 +18,7 @@ import numpy as np
 
 from . import prompt as prompts
 from .cache import DiskCache, cache_key
-from .chat import Chat, Images
+from .chat import Chat, Images, finish
 from .decoder import Embeddings, TextDecoder, Tokens, TokenSequence, cells_of
 from .device import check_threads, select_device
 from .encoder import PictureEncoder
@@ -162,13 +162,7 @@ class OmniVLM:
         system: str | None = None,
     ) -> Answer:
         """Generates a whole answer; arguments and errors as for `generate`."""
-        stream = self.generate(image, prompt, options, system=system)
-        while True:
-            try:
-                next(stream)
-            except StopIteration as finished:
-                answer: Answer = finished.value
-                return answer
+        return finish(self.generate(image, prompt, options, system=system))
 
     def generate_turn(
         self,
