@@ -9,12 +9,14 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
 #include <memory>
 #include <new>
+#include <optional>
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -55,10 +57,14 @@ void construct(VisionEncoder * self, const nb::bytes & path, const std::string &
     new (self) VisionEncoder(file, device, n_threads, flash_attention);
 }
 
-using Rows  = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Bytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<2>>;
+using Rows    = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Columns = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Bytes   = nb::ndarray<nb::numpy, uint8_t, nb::ndim<2>>;
 
-Bytes quantize(const Rows & rows, int type_number, int n_threads) {
+Bytes quantize(const Rows & rows, int type_number, int n_threads, const std::optional<Columns> & importance) {
+    if (importance && importance->shape(0) != rows.shape(1)) {
+        throw nb::value_error("importance must have one value for each column");
+    }
     const auto   type      = static_cast<ggml_type>(type_number);
     const auto   n_rows    = static_cast<int64_t>(rows.shape(0));
     const auto   n_per_row = static_cast<int64_t>(rows.shape(1));
@@ -67,7 +73,8 @@ Bytes quantize(const Rows & rows, int type_number, int n_threads) {
     auto         data      = std::unique_ptr<uint8_t[]>(new uint8_t[shape[0] * row_size]);  // not zeroed
     {
         const nb::gil_scoped_release release;
-        quantize_rows(type, rows.data(), n_rows, n_per_row, n_threads, data.get());
+        quantize_rows(type, rows.data(), n_rows, n_per_row, importance ? importance->data() : nullptr, n_threads,
+                      data.get());
     }
     uint8_t *         raw = data.get();
     const nb::capsule owner(data.release(), [](void * p) noexcept { delete[] static_cast<uint8_t *>(p); });
@@ -178,8 +185,10 @@ NB_MODULE(_native, m) {
         "inspect_text_file", [](const nb::bytes & path) { return inspect_text_file(path_of(path)); }, "path"_a,
         "Raises ModelFileError for damage in a text model's file that llama.cpp would not survive.");
 
-    m.def("quantize", &quantize, "rows"_a.noconvert(), "type"_a, "n_threads"_a,
+    m.def("quantize", &quantize, "rows"_a.noconvert(), "type"_a, "n_threads"_a, "importance"_a.noconvert() = nb::none(),
           "float32 [n_rows, n_per_row] -> uint8 [n_rows, bytes of a row] in the ggml type of that number.\n\n"
+          "`importance`, float32 [n_per_row] and positive, weighs the squared error of each column: with it ggml\n"
+          "looks for the scales of least error, which takes longer.\n\n"
           "Releases the GIL. Raises ValueError for a type or row length that ggml cannot do, and for a value\n"
           "that is not finite or larger than 65504.");
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from .errors import OmniVLMError as OmniVLMError
     from .errors import OptionError as OptionError
     from .grammar import json_schema_grammar as json_schema_grammar
-    from .quantize import quantize_file as quantize_file
+    from .quantize.file import quantize_file as quantize_file
+    from .quantize.recipes import QuantizeOptions as QuantizeOptions
     from .values import Answer as Answer
     from .values import GenerateOptions as GenerateOptions
     from .values import ImageEmbedding as ImageEmbedding
@@ -53,11 +54,12 @@ _HOME = {
     "OmniVLMChatHandler": "chat_handler",
     "OmniVLMError": "errors",
     "OptionError": "errors",
+    "QuantizeOptions": "quantize.recipes",
     "Timings": "values",
     "Turn": "values",
     "available_devices": "device",
     "json_schema_grammar": "grammar",
-    "quantize_file": "quantize",
+    "quantize_file": "quantize.file",
 }
 
 __all__ = list(_HOME)

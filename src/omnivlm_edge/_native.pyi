@@ -113,9 +113,12 @@ def inspect_text_file(path: bytes) -> TextFile:
     Raises ModelFileError for damage in a text model's file that llama.cpp would not survive.
     """
 
-def quantize(rows: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: int, n_threads: int) -> Annotated[NDArray[numpy.uint8], dict(shape=(None, None))]:
+def quantize(rows: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], type: int, n_threads: int, importance: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None) -> Annotated[NDArray[numpy.uint8], dict(shape=(None, None))]:
     """
     float32 [n_rows, n_per_row] -> uint8 [n_rows, bytes of a row] in the ggml type of that number.
+
+    `importance`, float32 [n_per_row] and positive, weighs the squared error of each column: with it ggml
+    looks for the scales of least error, which takes longer.
 
     Releases the GIL. Raises ValueError for a type or row length that ggml cannot do, and for a value
     that is not finite or larger than 65504.

@@ -470,20 +470,6 @@ def system_info() -> str:
     return info.decode().strip(" |")
 
 
-def quantize_text(source: str, output: str, file_type: int, n_threads: int) -> int:
-    """llama.cpp's quantizer, with its log on stderr; 0 when it is done.
-
-    It cannot be interrupted and may abort the process, so quantize.py runs it in a child.
-    """
-    default = ctypes.cast(ctypes.c_void_p(0), llama_cpp.llama_log_callback)
-    llama_cpp.llama_log_set(default, ctypes.c_void_p(0))
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = file_type
-    params.nthread = n_threads
-    paths = os.fsencode(source), os.fsencode(output)
-    return int(llama_cpp.llama_model_quantize(*paths, ctypes.byref(params)))
-
-
 def _check_open(sequence: TokenSequence) -> None:
     if sequence.seq_id < 0:
         raise ClosedError("the sequence was closed; open a new one")

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 Consent = Callable[[str], bool]
 Notify = Callable[[str], None]
-Quantizer = Callable[..., Path]  # quantize.quantize_file
+Quantizer = Callable[..., Path]  # quantize.file.quantize_file
 
 
 class Published(NamedTuple):
@@ -175,7 +175,7 @@ def pull(
 
     A text model that is not published in the wanted quantization is made here if `consent`, asked
     with a sentence, says so. A vision file that is not published in it is made if `make_vision`;
-    otherwise the F16 file is used, and `notify` told. `quantize` is `quantize.quantize_file`.
+    otherwise the F16 file is used, and `notify` told. `quantize` is `quantize.file.quantize_file`.
 
     Raises ModelFileError: not found, not allowed, not published, no network, no space, damaged.
     """
@@ -465,7 +465,7 @@ def _hash(path: Path, etag: str) -> str:
 
 def _make(repo: str, source: ModelFile, quantization: str, quantize: Quantizer | None) -> ModelFile:
     """Makes a file that nobody published, and removes older ones of its kind."""
-    from .quantize import output_name, quantize_file  # loads llama.cpp
+    from .quantize.file import output_name, quantize_file  # loads llama.cpp
 
     quantize = quantize or quantize_file
     directory = models_dir() / repo.replace("/", "--") / source.etag[:12]

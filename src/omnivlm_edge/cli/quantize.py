@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import OptionError
-from ..recipes import RECIPES, recipe_name
+from ..quantize.recipes import BLOCK, RECIPES, QuantizeOptions, recipe_name
 from .options import model_argument, note, setting
+
+if TYPE_CHECKING:
+    from ..quantize.plan import PlannedTensor
 
 
 def _type_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,13 +27,48 @@ def _type_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--type", "type_name", metavar="NAME", help=f"One of {names}.")(command)
 
 
+def _rule(_context: click.Context, _parameter: click.Parameter, given: Sequence[str]) -> Any:
+    rules = []
+    for text in given:
+        pattern, separator, name = text.rpartition("=")
+        if not separator:
+            raise click.BadParameter(f"{text!r} is not REGEX=TYPE, as in attn_v=q8_0")
+        rules.append((pattern, name))
+    return tuple(rules)
+
+
 @click.command()
 @model_argument()
 @click.argument("out", required=False, type=click.Path(path_type=Path, file_okay=False))
 @_type_options
+@click.option("--vision-type", metavar="NAME", help="Another recipe for the vision file.")
+@click.option("--text-type", metavar="NAME", help="Another recipe for the text model.")
+@click.option("--embedding-type", metavar="TYPE", help="Type of the token embeddings.")
+@click.option("--output-type", metavar="TYPE", help="Type of the output matrix.")
+@click.option(
+    "--tensor-type",
+    "tensor_types",
+    metavar="REGEX=TYPE",
+    multiple=True,
+    callback=_rule,
+    help=f"Type of the matrices in whose name REGEX is found: {', '.join(BLOCK).lower()}.",
+)
+@click.option("--allow-requantize", is_flag=True, help="Take quantized sources, at a loss.")
+@click.option("--dry-run", is_flag=True, help="Print what would be written, tensor by tensor.")
 @setting("-t", "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 def quantize(
-    model: str, out: Path | None, type_name: str | None, threads: int | None, **flags: bool
+    model: str,
+    out: Path | None,
+    type_name: str | None,
+    vision_type: str | None,
+    text_type: str | None,
+    embedding_type: str | None,
+    output_type: str | None,
+    tensor_types: tuple[tuple[str, str], ...],
+    allow_requantize: bool,
+    dry_run: bool,
+    threads: int | None,
+    **flags: bool,
 ) -> None:
     """Make smaller files of MODEL.
 
@@ -38,47 +77,99 @@ def quantize(
     OUT, which is the source's own when left out (the current one for names). Name the type as
     `--type q4_k_m`, or `--q4_k_m` for short.
     """
-    from tqdm import tqdm
+    from ..model_file import inspect_file
+    from ..quantize.file import output_name, plan_file
 
-    from ..hub import parse_reference
-    from ..models import find_model
-    from ..quantize import output_name, quantize_file
-
-    name = _only_type(type_name, flags)
-    if Path(model).is_file():
-        sources = [Path(model)]
-    else:
-        reference = parse_reference(model)
-        if reference is not None and reference.quantization is None:
-            model += ":f16"  # what is quantized already cannot be quantized well
-        files = find_model(model, notify=note)
-        sources = [files.text, files.mmproj]
+    try:
+        options = QuantizeOptions(tensor_types, embedding_type, output_type, allow_requantize)
+        shared = _only_type(type_name, flags)
+        recipes = {
+            kind: shared if own is None else recipe_name(own)
+            for kind, own in (("vision", vision_type), ("text", text_type))
+        }
+    except OptionError as exc:
+        raise click.UsageError(str(exc)) from exc
+    sources = _sources(model)
     if out is None:  # a name's files lie where nobody looks for new ones
-        named = model == "demo" or parse_reference(model) is not None
-        out = Path() if named else sources[0].parent
-    before = after = 0
+        out = Path() if _is_name(model) else sources[0].parent
+    jobs = []
     for source in sources:
-        output = out / output_name(source, name)
-        with tqdm(desc=output.name, unit=" tensors", disable=None) as bar:
-
-            def show(done: int, total: int, bar: tqdm[Any] = bar) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            quantize_file(source, output, name, n_threads=threads, progress=show)
+        recipe = recipes[inspect_file(source).kind]
+        if recipe is None:
+            raise click.UsageError("name one type, such as --q4_k_m, --q8_0 or --type NAME")
+        plan = plan_file(source, recipe, options)
+        jobs.append((source, recipe, out / output_name(source, recipe), plan))
+    planned = [tensor for *_, plan in jobs for tensor in plan]
+    for pattern, _ in tensor_types:
+        if not any(tensor.is_matrix and re.search(pattern, tensor.name) for tensor in planned):
+            raise click.UsageError(f"--tensor-type: {pattern!r} is found in no matrix's name")
+    before = sum(source.stat().st_size for source in sources)
+    if dry_run:
+        for _, _, output, plan in jobs:
+            _print_plan(output, plan)
+        after = sum(tensor.nbytes for tensor in planned)
+        click.echo(f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB and metadata", err=True)
+        return
+    for source, recipe, output, _ in jobs:
+        _quantize(source, output, recipe, options, threads)
         click.echo(output)
-        before += source.stat().st_size
-        after += output.stat().st_size
+    after = sum(output.stat().st_size for _, _, output, _ in jobs)
     click.echo(f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB", err=True)
 
 
-def _only_type(type_name: str | None, flags: dict[str, bool]) -> str:
+def _quantize(
+    source: Path, output: Path, recipe: str, options: QuantizeOptions, threads: int | None
+) -> None:
+    from tqdm import tqdm
+
+    from ..quantize.file import quantize_file
+
+    with tqdm(desc=output.name, unit=" tensors", disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        quantize_file(source, output, recipe, options, n_threads=threads, progress=show)
+
+
+def _only_type(type_name: str | None, flags: dict[str, bool]) -> str | None:
     names = [name for name, given in flags.items() if given]
     if type_name is not None:
         names.append(type_name)
-    if len(names) != 1:
-        raise click.UsageError("name one type, such as --q4_k_m, --q8_0 or --type NAME")
-    try:
-        return recipe_name(names[0])
-    except OptionError as exc:
-        raise click.UsageError(str(exc)) from exc
+    if len(names) > 1:
+        raise OptionError("name one type, such as --q4_k_m, --q8_0 or --type NAME")
+    return recipe_name(names[0]) if names else None
+
+
+def _is_name(model: str) -> bool:
+    from ..hub import parse_reference
+
+    return model == "demo" or parse_reference(model) is not None
+
+
+def _sources(model: str) -> list[Path]:
+    from ..hub import parse_reference
+    from ..models import find_model
+
+    if Path(model).is_file():
+        return [Path(model)]
+    reference = parse_reference(model)
+    if reference is not None and reference.quantization is None:
+        model += ":f16"  # what is quantized already cannot be quantized well
+    files = find_model(model, notify=note)
+    return [files.text, files.mmproj]
+
+
+def _print_plan(output: Path, plan: Sequence[PlannedTensor]) -> None:
+    click.echo(output)
+    widths = max(len(tensor.name) for tensor in plan), max(len(_shape(tensor)) for tensor in plan)
+    for tensor in plan:
+        click.echo(
+            f"  {tensor.name:{widths[0]}}  {_shape(tensor):>{widths[1]}}  {tensor.source.name:>6} "
+            f"-> {tensor.target.name:<6}  {tensor.nbytes:>11,}  {tensor.note}".rstrip()
+        )
+
+
+def _shape(tensor: PlannedTensor) -> str:
+    return " x ".join(map(str, tensor.shape))

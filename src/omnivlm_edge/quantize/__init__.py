@@ -1,0 +1,1 @@
+"""Smaller files of a model: recipes -> plan (a type for every tensor) -> written files."""
