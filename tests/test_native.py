@@ -268,14 +268,58 @@ def test_quantize_is_close_whatever_the_threads(name: str) -> None:
         np.testing.assert_array_equal(_native.quantize(rows, GgmlType[name], n_threads), got)
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", *LOSSY_TYPES])
+def test_quantize_by_importance(name: str) -> None:
+    """Weights lower the weighted error; even ones the error itself. Others leave no mark."""
+    rows = random_rows(32, 768)
+
+    def error(weights: np.ndarray | None, measure: np.ndarray) -> float:
+        got = gguf.quants.dequantize(_native.quantize(rows, kind, 2, weights), kind)
+        scale = np.abs(rows).max(axis=1, keepdims=True)
+        return float((measure * ((got - rows) / scale) ** 2).sum())
+
+    kind = GgmlType[name]
+    even = np.ones(768, np.float32)
+    uneven = np.random.default_rng(1).lognormal(0, 2, 768).astype(np.float32)
+    assert error(even, even) < error(None, even)
+    assert error(uneven, uneven) < 0.95 * error(even, uneven)
+    np.testing.assert_array_equal(
+        _native.quantize(rows, kind, 1, uneven), _native.quantize(rows, kind, 3, uneven)
+    )
+
+
+@pytest.mark.parametrize("name", ["F16", "Q8_0"])
+def test_quantize_without_choice_of_scales_needs_no_importance(name: str) -> None:
+    rows, weights = random_rows(4, 64), np.linspace(1, 9, 64, dtype=np.float32)
+    np.testing.assert_array_equal(
+        _native.quantize(rows, GgmlType[name], 1, weights),
+        _native.quantize(rows, GgmlType[name], 1),
+    )
+
+
+def test_quantize_refuses_importance_of_another_width() -> None:
+    for weights in (np.ones(63, np.float32), np.ones(0, np.float32), np.ones(128, np.float32)):
+        with pytest.raises(ValueError, match="one value for each column"):
+            _native.quantize(random_rows(2, 64), GgmlType.Q4_0, 1, weights)
+    for wrong in (np.ones(64), np.ones((1, 64), np.float32), np.ones(128, np.float32)[::2]):
+        with pytest.raises(TypeError):
+            _native.quantize(random_rows(2, 64), GgmlType.Q4_0, 1, wrong)
+
+
+@pytest.mark.parametrize("importance", [None, "even", "spread"])
 @pytest.mark.parametrize("name", [*EXACT_TYPES, *LOSSY_TYPES])
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-30, 1.0, -65504.0, 65504.0])
-def test_quantize_extreme_rows(name: str, value: float) -> None:
+def test_quantize_extreme_rows(name: str, value: float, importance: str | None) -> None:
+    weights = None
+    if importance is not None:  # of mean 1
+        exponents = np.linspace(-6, 2, 256) if importance == "spread" else np.zeros(256)
+        weights = (10**exponents / (10**exponents).mean()).astype(np.float32)
     rows = np.zeros((4, 256), np.float32)
     rows[1:] = value
     rows[2, ::2] = 0
     rows[3, 1:] = 0
-    got = gguf.quants.dequantize(_native.quantize(rows, GgmlType[name], 2), GgmlType[name])
+    packed = _native.quantize(rows, GgmlType[name], 2, weights)
+    got = gguf.quants.dequantize(packed, GgmlType[name])
     assert not got[0].any()
     assert np.abs(got - rows).max() <= max(0.2 * abs(value), 1e-6)
 
