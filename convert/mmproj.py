@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFReader, LlamaFileType
+from gguf import GGML_QUANT_SIZES, GGUFReader, LlamaFileType
 from gguf.gguf_reader import ReaderTensor
 
 from ..errors import ModelFileError
+from ..gguf_header import read_header
 from ..prompt import check_variant, default_variant
 from .config import Section, VisionConfig, projector_from_shapes
 from .keys import MMPROJ_ARCHITECTURE, add_mmproj_keys
@@ -98,8 +99,22 @@ def open_gguf(path: Path) -> GGUFReader:
     except FileNotFoundError as exc:
         raise ModelFileError(f"{path} is missing") from exc
     except (OSError, ValueError, KeyError, IndexError, OverflowError, TypeError) as exc:
+        _refuse_broken_rows(path)
         raise ModelFileError(f"{path} is damaged or not a GGUF file: {exc}") from exc
     return reader
+
+
+def _refuse_broken_rows(path: Path) -> None:
+    """What the first runtime's quantizer did to the rows of 4304 values, which nobody can read."""
+    blocks = {int(kind): block for kind, (block, _) in GGML_QUANT_SIZES.items()}
+    for tensor in read_header(path).tensors:
+        block = blocks.get(tensor.type, 1)
+        if tensor.shape and tensor.shape[0] % block:
+            raise ModelFileError(
+                f"{path}: cannot be read: tensor {tensor.name} has rows of {tensor.shape[0]} "
+                f"values, no whole blocks of {block}; take the F16 file and quantize it with "
+                "omnivlm-edge quantize"
+            )
 
 
 def _vision(keys: Section) -> VisionConfig:

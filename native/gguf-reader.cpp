@@ -23,7 +23,12 @@ GgufReader::GgufReader(const std::string & path) : path_(path), file_(path) {
     gguf_.reset(gguf_init_from_buffer(file_.data(), file_.size(), params));
     meta_.reset(meta);
     if (!gguf_) {
-        fail("is damaged or cut off (" + take_log_error() + "); download or convert it again");
+        const std::string reason = take_log_error();
+        if (reason.find("not a multiple of block size") != std::string::npos) {
+            fail("cannot be read (" + reason + "): the first runtime's quantizer let blocks run from one row " +
+                 "into the next; take the F16 file and quantize it with omnivlm-edge quantize");
+        }
+        fail("is damaged or cut off (" + reason + "); download or convert it again");
     }
 }
 

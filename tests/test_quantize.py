@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from omnivlm_edge import (
     QuantizeOptions,
     quantize_file,
 )
+from omnivlm_edge.convert import convert_mmproj
+from omnivlm_edge.convert.output import OutFile, OutTensor, write_gguf
 from omnivlm_edge.models import find_model
 from omnivlm_edge.quantize import text as quantize_text
 from omnivlm_edge.quantize.file import output_name, plan_file
@@ -239,6 +243,51 @@ def test_same_bytes_whatever_the_threads(tmp_path: Path) -> None:
             quantize_file(source, tmp_path / f"{n}.gguf", "q5_k_m", n_threads=n) for n in (1, 3)
         ]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def by_the_first_runtime(path: Path, shape: VisionShape, kind: GGMLType) -> Path:
+    """What the original's quantizer wrote: every 2-D weight, blocks running on over the rows."""
+    values = tiny_gguf.siglip_names(tiny_gguf.random_tensors(shape))
+    values["v.head.attention.in_weight"] = np.ones((3 * shape.n_embd, shape.n_embd), np.float32)
+
+    def add_keys(writer: gguf.GGUFWriter) -> None:
+        for key, value in tiny_gguf.siglip_keys(shape).items():
+            if key != "general.architecture":
+                add = writer.add_array if isinstance(value, list) else writer.add_uint32
+                add(key, value)
+
+    tensors = []
+    for name, data in values.items():
+        quantized = data.ndim == 2 and name.endswith("weight")
+        packed = gguf.quants.quantize(data.reshape(-1, 32), kind) if quantized else data
+        read = partial(np.asarray, packed)
+        tensors.append(OutTensor(name, data.shape, kind if quantized else GGMLType.F32, read))
+    list(write_gguf(OutFile(path, "siglip", add_keys, tensors), path))
+    return path
+
+
+@pytest.mark.parametrize("kind", [GGMLType.Q8_0, GGMLType.Q4_0], ids=lambda kind: kind.name)
+def test_files_of_the_first_runtime(tmp_path: Path, kind: GGMLType) -> None:
+    """Loaded where their rows are whole blocks; the real tower's MLPs are 4304 wide: not."""
+    whole = VisionShape(n_embd=64, n_ff=288, n_proj=64, n_text=256)
+    pixels = np.random.default_rng(1).uniform(-1, 1, (1, 3, 42, 42)).astype(np.float32)
+    exact = tiny_gguf.write_mmproj(tmp_path / "f32.gguf", whole, layout="siglip")
+    old = by_the_first_runtime(tmp_path / "whole.gguf", whole, kind)
+    want, got = encode(exact, pixels), encode(old, pixels)
+    assert (got * want).sum() >= 0.97 * np.linalg.norm(got) * np.linalg.norm(want)
+    allowed = QuantizeOptions(allow_requantize=True)
+    halved = quantize_file(old, tmp_path / "half.gguf", "f16", allowed)
+    np.testing.assert_allclose(encode(halved, pixels), got, atol=0.05 * np.abs(got).max())
+
+    broken = replace(whole, n_ff=272)
+    source = by_the_first_runtime(tmp_path / "projector.gguf", broken, kind)
+    told = r"projector\.gguf: cannot be read.*tensor '?v\.blk\.0\.ffn_up\.weight'? .*272 .*F16"
+    with pytest.raises(ModelFileError, match=told):
+        OmniVLM("demo", source, device="cpu")
+    with pytest.raises(ModelFileError, match=told):
+        quantize_file(source, tmp_path / "out.gguf", "q4_0", allowed)
+    with pytest.raises(ModelFileError, match=told):
+        convert_mmproj(source, tmp_path / "out")
 
 
 # --- what is asked for beyond a recipe --------------------------------------------------------
