@@ -53,12 +53,13 @@ ALLOWED = {
     "encoder": {
         *("_native", "cache", "errors", "files", "image", "paths", "prompt", "values", "vision"),
     },
-    "engine": STAGES | {"cache", "chat", "errors", "files", "paths", "values"},
+    "engine": STAGES | {"_native", "cache", "chat", "errors", "files", "paths", "values"},
+    "imatrix": {"_native", "convert", "engine", "errors", "image", "values"},
     "doctor": STAGES - {"vision", "prompt"}
     | {"_native", "engine", "errors", "hub", "memory", "model_file", "values"},
     "cli": {
-        *("convert", "doctor", "engine", "errors", "files", "grammar", "hub", "image", "memory"),
-        *("models", "paths", "quantize", "recipes", "sources", "store", "values"),
+        *("convert", "doctor", "engine", "errors", "files", "grammar", "hub", "image", "imatrix"),
+        *("memory", "models", "paths", "quantize", "recipes", "sources", "store", "values"),
     },
     "chat_handler": STAGES - {"image", "models"} | {"errors", "grammar", "sources", "values"},
     "__init__": {

@@ -1,0 +1,231 @@
+"""Importance matrices: how strongly each input channel of a weight matrix is used.
+
+    pictures, prompts -> the runtime itself, watched by native/importance.cpp -> sums -> GGUF file
+
+The file is llama.cpp's (tools/imatrix/imatrix.cpp there): `general.type` is `imatrix`, and each
+weight has `NAME.in_sum2`, the sums of its inputs' squares, and `NAME.counts`, the rows that were
+summed. One file serves the text model and the vision file. Ours have `NAME.in_sum` as well, the
+sums of the values themselves, of which llama.cpp's loader takes no notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, Keys
+from gguf.gguf_reader import ReaderTensor
+
+from ._native import ImportanceCollector
+from .convert.mmproj import open_gguf, read_tensor
+from .convert.output import OutFile, OutTensor, write_gguf
+from .engine import OmniVLM
+from .errors import ImageError, ModelFileError
+from .image import ImageSource, load_image
+from .values import GenerateOptions, ModelFiles
+
+Floats: TypeAlias = "npt.NDArray[np.float32]"
+Notify: TypeAlias = "Callable[[str], None]"
+Progress: TypeAlias = "Callable[[int, int], None]"  # questions done, questions in all
+
+PROMPTS = (
+    "Describe the image",
+    "What is in the middle of the picture?",
+    "Is there a person in the picture?",
+)
+DEFAULT_MAX_TOKENS = 64
+
+_TYPE = "imatrix"  # general.type
+_SQUARES, _VALUES, _COUNTS = ".in_sum2", ".in_sum", ".counts"
+_FLOOR = 1e-6  # of a matrix's mean importance
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The inputs of one weight matrix, summed over `n_rows` rows: float32 [n_in] each.
+
+    `values` is None in a file of llama.cpp's own.
+    """
+
+    squares: Floats
+    n_rows: int
+    values: Floats | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Imatrix:
+    """An importance matrix: the inputs by their weights' names, and where they come from.
+
+    `datasets` names the pictures, for people; `chunk_count` is the number of questions (in
+    llama.cpp's own files: of pieces of text) and `chunk_size` the positions that each could take.
+    """
+
+    inputs: Mapping[str, Inputs]
+    datasets: tuple[str, ...]
+    chunk_count: int
+    chunk_size: int
+
+    def importance(self, name: str) -> Floats | None:
+        """The mean square of each input channel of a weight, float32 [n_in]; None where unknown.
+
+        None is zero, or less than a millionth of the matrix's mean: llama.cpp's searches for the
+        best scale of a block divide by the sum of its importances.
+        """
+        inputs = self.inputs.get(name)
+        if inputs is None or inputs.n_rows == 0:
+            return None
+        means = inputs.squares.astype(np.float64) / inputs.n_rows
+        if not means.any():
+            means += 1
+        return np.asarray(np.maximum(means, _FLOOR * means.mean()), np.float32)
+
+    def write(self, path: Path) -> None:
+        """Writes the file, piece by piece: see `convert.output.publishing` for a name in use."""
+        file = OutFile(path, _TYPE, self._add_keys, list(self._tensors()))
+        for _ in write_gguf(file, path):
+            pass
+
+    def _add_keys(self, writer: GGUFWriter) -> None:
+        writer.add_type(_TYPE)
+        writer.add_array(Keys.IMatrix.DATASETS, list(self.datasets))
+        writer.add_uint32(Keys.IMatrix.CHUNK_COUNT, self.chunk_count)
+        writer.add_uint32(Keys.IMatrix.CHUNK_SIZE, self.chunk_size)
+
+    def _tensors(self) -> Iterator[OutTensor]:
+        for name, inputs in self.inputs.items():
+            count = np.array([inputs.n_rows], np.float32)
+            for suffix, data in (
+                (_SQUARES, inputs.squares),
+                (_COUNTS, count),
+                (_VALUES, inputs.values),
+            ):
+                if data is not None:
+                    shape = 1, len(data)
+                    read = partial(data.reshape, shape)
+                    yield OutTensor(name + suffix, shape, GGMLQuantizationType.F32, read)
+
+
+def read_imatrix(path: Path) -> Imatrix:
+    """Reads a file of ours or of llama.cpp's `llama-imatrix` (GGUF, not its older format).
+
+    Raises ModelFileError when it is damaged or no importance matrix.
+    """
+    reader = open_gguf(path)
+    kind = _value(reader, Keys.General.TYPE)
+    if kind != _TYPE:
+        raise ModelFileError(
+            f"{path}: is no importance matrix (its general.type is {kind!r}); "
+            "make one with omnivlm-edge imatrix"
+        )
+    datasets = _value(reader, Keys.IMatrix.DATASETS)
+    chunk_count = _value(reader, Keys.IMatrix.CHUNK_COUNT)
+    chunk_size = _value(reader, Keys.IMatrix.CHUNK_SIZE)
+    if type(datasets) is not list or type(chunk_count) is not int or type(chunk_size) is not int:
+        raise _damaged(path, "a key imatrix.… is missing or of another kind")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    names = [name.removesuffix(_SQUARES) for name in tensors if name.endswith(_SQUARES)]
+    if not names:
+        raise _damaged(path, "it holds no statistics")
+    inputs = {name: _read_inputs(path, tensors, name) for name in names}
+    return Imatrix(inputs, tuple(map(str, datasets)), chunk_count, chunk_size)
+
+
+def collect(
+    files: ModelFiles,
+    images: Sequence[ImageSource],
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    datasets: Sequence[str] = (),
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    n_threads: int | None = None,
+    notify: Notify | None = None,
+    progress: Progress | None = None,
+) -> Imatrix:
+    """Asks a model each prompt about each picture, and adds up what its weights meet meanwhile.
+
+    That is each picture once, and each prompt in full with the greedy answer to it, of at most
+    `max_tokens` tokens. A model that takes no questions reads each picture once. `notify` is told
+    of pictures that cannot be used; they are left out.
+
+    Raises ImageError when none can be used, and what `OmniVLM` and its `answer` raise.
+    """
+    notify = notify or (lambda message: None)
+    progress = progress or (lambda done, total: None)
+    options = GenerateOptions(max_tokens=max_tokens)
+    collector = ImportanceCollector()
+    n_used = 0
+    with OmniVLM(
+        files.text,
+        files.mmproj,
+        variant=files.variant,
+        n_threads=n_threads,
+        disk_cache=False,  # what is found there is not computed
+        collector=collector,
+    ) as model:
+        if not model.takes_questions:
+            prompts = prompts[:1]
+        total = len(images) * len(prompts)
+        for i, image in enumerate(images):
+            try:
+                picture = load_image(image)
+            except ImageError as exc:
+                notify(f"left out: {exc}")
+                continue
+            n_used += 1
+            embedding = model.encode(picture)
+            for j, prompt in enumerate(prompts, 1):
+                model.answer(embedding, prompt, options)
+                progress(i * len(prompts) + j, total)
+        chunk_size = model.n_ctx
+    if n_used == 0:
+        raise ImageError("none of the pictures can be used; name others")
+    inputs = {
+        name: Inputs(
+            np.array(sums.squares, np.float32), sums.n_rows, np.array(sums.values, np.float32)
+        )
+        for name, sums in collector.sums().items()
+    }
+    for name, sums in inputs.items():
+        if not np.isfinite(sums.squares).all():
+            raise ModelFileError(
+                f"{files.text}: the inputs of {name} are no numbers: "
+                "download or convert the model again"
+            )
+    return Imatrix(inputs, tuple(datasets), n_used * len(prompts), chunk_size)
+
+
+def _value(reader: GGUFReader, key: str) -> Any:
+    field = reader.fields.get(key)
+    return None if field is None else field.contents()
+
+
+def _read_inputs(path: Path, tensors: Mapping[str, ReaderTensor], name: str) -> Inputs:
+    if name + _COUNTS not in tensors:
+        raise _damaged(path, f"the tensor {name}{_COUNTS} is missing")
+    squares, count = (_read_row(path, tensors[name + end]) for end in (_SQUARES, _COUNTS))
+    values = _read_row(path, tensors[name + _VALUES]) if name + _VALUES in tensors else None
+    if len(count) != 1 or (values is not None and values.shape != squares.shape):
+        raise _damaged(path, f"the tensors of {name} do not fit each other")
+    if squares.min() < 0 or count[0] < 0:
+        raise _damaged(path, f"the tensors of {name} hold negative numbers")
+    return Inputs(squares, int(count[0]), values)
+
+
+def _read_row(path: Path, tensor: ReaderTensor) -> Floats:
+    """A tensor of one row, or of several where a model has experts, which ours have not."""
+    is_row = len(tensor.shape) > 0 and tensor.shape[0] == tensor.n_elements > 0
+    if tensor.tensor_type is not GGMLQuantizationType.F32 or not is_row:
+        raise _damaged(path, f"the tensor {tensor.name} is no single row of F32")
+    data = read_tensor(path, tensor).view(np.float32)
+    if not np.isfinite(data).all():
+        raise _damaged(path, f"the tensor {tensor.name} holds values that are no numbers")
+    return data
+
+
+def _damaged(path: Path, what: str) -> ModelFileError:
+    return ModelFileError(f"{path}: is damaged or of another kind ({what}); make it again")
