@@ -43,6 +43,7 @@ DEFAULT_MAX_TOKENS = 64
 _TYPE = "imatrix"  # general.type
 _SQUARES, _VALUES, _COUNTS = ".in_sum2", ".in_sum", ".counts"
 _FLOOR = 1e-6  # of a matrix's mean importance
+_TINY = 1e-20  # a mean importance that float32 leaves no room to compute with
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,15 +74,15 @@ class Imatrix:
     def importance(self, name: str) -> Floats | None:
         """The mean square of each input channel of a weight, float32 [n_in]; None where unknown.
 
-        None is zero, or less than a millionth of the matrix's mean: llama.cpp's searches for the
-        best scale of a block divide by the sum of its importances.
+        No value is zero, or less than a millionth of the matrix's mean: llama.cpp's searches for
+        the best scale of a block divide by the sum of its importances.
         """
         inputs = self.inputs.get(name)
         if inputs is None or inputs.n_rows == 0:
             return None
         means = inputs.squares.astype(np.float64) / inputs.n_rows
-        if not means.any():
-            means += 1
+        if means.mean() < _TINY:
+            means = np.ones_like(means)
         return np.asarray(np.maximum(means, _FLOOR * means.mean()), np.float32)
 
     def write(self, path: Path) -> None:
