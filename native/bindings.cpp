@@ -1,6 +1,7 @@
 // The native door of omnivlm_edge: types, names, error mapping and the GIL; no arithmetic.
 
 #include "errors.h"
+#include "importance.h"
 #include "log-sink.h"
 #include "quantize.h"
 #include "text-file.h"
@@ -9,6 +10,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -27,7 +29,7 @@ namespace {
 using Pixels = nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using Tokens = nb::ndarray<nb::numpy, float, nb::ndim<3>>;
 
-Tokens encode(VisionEncoder & encoder, const Pixels & pixels) {
+Tokens encode(VisionEncoder & encoder, const Pixels & pixels, ImportanceCollector * collector) {
     const VisionHparams & h    = encoder.hparams();
     const auto            size = static_cast<size_t>(h.image_size);
     if (pixels.shape(1) != 3 || pixels.shape(2) != size || pixels.shape(3) != size) {
@@ -38,7 +40,7 @@ Tokens encode(VisionEncoder & encoder, const Pixels & pixels) {
     auto         data    = std::unique_ptr<float[]>(new float[shape[0] * shape[1] * shape[2]]);  // not zeroed
     {
         const nb::gil_scoped_release release;
-        encoder.encode(pixels.data(), static_cast<int64_t>(shape[0]), data.get());
+        encoder.encode(pixels.data(), static_cast<int64_t>(shape[0]), data.get(), collector);
     }
     float *           raw = data.get();
     const nb::capsule owner(data.release(), [](void * p) noexcept { delete[] static_cast<float *>(p); });
@@ -172,9 +174,24 @@ NB_MODULE(_native, m) {
     nb::class_<TextFile>(m, "TextFile", "What is known of a text model's file before it is loaded.")
         .def_ro("quantized", &TextFile::quantized, "Some of its tensors are.");
 
+    nb::class_<ChannelSums>(m, "ChannelSums", "Sums over the rows of activations that one weight matrix multiplied.")
+        .def_ro("values", &ChannelSums::values, "One for each input channel.")
+        .def_ro("squares", &ChannelSums::squares, "Of the squared values.")
+        .def_ro("n_rows", &ChannelSums::n_rows);
+
+    nb::class_<ImportanceCollector>(m, "ImportanceCollector", "Adds up the activations that meet a model's weights.")
+        .def(nb::init<>())
+        .def_prop_ro(
+            "address", [](ImportanceCollector & self) { return reinterpret_cast<uintptr_t>(&self); },
+            "What `importance_callback_address` takes as its user data.")
+        .def("sums", &ImportanceCollector::sums, "By the weights' names in their files.");
+    m.def(
+        "importance_callback_address", [] { return reinterpret_cast<uintptr_t>(&ImportanceCollector::callback); },
+        "Address of the ggml_backend_sched_eval_callback that collects.");
+
     nb::class_<VisionEncoder>(m, "VisionEncoder", "The vision path of one mmproj file on one device.")
         .def("__init__", &construct, "path"_a, "device"_a, "n_threads"_a, "flash_attention"_a = true)
-        .def("encode", &encode, "pixels"_a.noconvert(),
+        .def("encode", &encode, "pixels"_a.noconvert(), "collector"_a = nb::none(),
              "float32 [n, 3, image_size, image_size], normalised -> float32 [n, n_tokens, n_embd_text].")
         .def_prop_ro("hparams", &VisionEncoder::hparams, nb::rv_policy::reference_internal);
 

@@ -3,6 +3,7 @@
 #include "errors.h"
 
 #include <algorithm>
+#include <new>
 
 namespace omnivlm {
 namespace {
@@ -71,23 +72,56 @@ void VisionEncoder::prepare(int64_t n_images) {
     graph_images_ = n_images;
 }
 
-void VisionEncoder::encode_batch(const float * pixels, int64_t n_images, float * tokens) {
+void VisionEncoder::compute(ggml_cgraph * graph) {
+    if (ggml_backend_graph_compute(backend_.get(), graph) != GGML_STATUS_SUCCESS) {
+        throw DeviceError("device '" + device_name_ + "' failed while it encoded a picture");
+    }
+}
+
+// The graph up to each node that the collector wants, because what comes later may overwrite the node's input.
+void VisionEncoder::compute_in_parts(ImportanceCollector & collector) {
+    const int        n_nodes = ggml_graph_n_nodes(graph_.graph);
+    const auto       size    = static_cast<size_t>(n_nodes);
+    ggml_context_ptr context(ggml_init({ ggml_graph_overhead_custom(size, false), nullptr, /*.no_alloc =*/true }));
+    if (!context) {
+        throw std::bad_alloc();
+    }
+    ggml_cgraph * part = ggml_new_graph_custom(context.get(), size, false);
+    for (int i = 0; i < n_nodes; i++) {
+        ggml_tensor * node   = ggml_graph_node(graph_.graph, i);
+        const bool    wanted = ImportanceCollector::wants(node);
+        ggml_graph_add_node(part, node);
+        if (wanted || i == n_nodes - 1) {
+            compute(part);
+            ggml_graph_clear(part);
+        }
+        if (wanted) {
+            collector.add(node);
+        }
+    }
+}
+
+void VisionEncoder::encode_batch(const float * pixels, int64_t n_images, float * tokens,
+                                 ImportanceCollector * collector) {
     prepare(n_images);
     ggml_backend_tensor_set(graph_.pixels, pixels, 0, ggml_nbytes(graph_.pixels));
-    if (ggml_backend_graph_compute(backend_.get(), graph_.graph) != GGML_STATUS_SUCCESS) {
-        throw DeviceError("device '" + device_name_ + "' failed while it encoded a picture");
+    if (collector == nullptr) {
+        compute(graph_.graph);
+    } else {
+        compute_in_parts(*collector);
     }
     ggml_backend_tensor_get(graph_.tokens, tokens, 0, ggml_nbytes(graph_.tokens));
 }
 
-void VisionEncoder::encode(const float * pixels, int64_t n_images, float * tokens) {
+void VisionEncoder::encode(const float * pixels, int64_t n_images, float * tokens, ImportanceCollector * collector) {
     const std::lock_guard<std::mutex> lock(mutex_);
 
     const VisionHparams & h         = model_.hparams;
     const int64_t         image_in  = 3 * h.image_size * h.image_size;
     const int64_t         image_out = h.n_tokens() * h.n_embd_text;
     for (int64_t done = 0; done < n_images; done += MAX_BATCH) {
-        encode_batch(pixels + done * image_in, std::min(MAX_BATCH, n_images - done), tokens + done * image_out);
+        encode_batch(pixels + done * image_in, std::min(MAX_BATCH, n_images - done), tokens + done * image_out,
+                     collector);
     }
 }
 

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "importance.h"
 #include "vision-graph.h"
 #include "vision-model.h"
 
@@ -19,14 +20,17 @@ class VisionEncoder {
 
     // pixels: float32 [n_images, 3, image_size, image_size], normalised; row-major
     // tokens: float32 [n_images, n_tokens, n_embd_text], written
+    // A `collector`, if any, is shown every matrix product.
     // Safe to call from several threads; calls run one after the other. Throws DeviceError.
-    void encode(const float * pixels, int64_t n_images, float * tokens);
+    void encode(const float * pixels, int64_t n_images, float * tokens, ImportanceCollector * collector = nullptr);
 
     const VisionHparams & hparams() const { return model_.hparams; }
 
   private:
     void prepare(int64_t n_images);
-    void encode_batch(const float * pixels, int64_t n_images, float * tokens);
+    void encode_batch(const float * pixels, int64_t n_images, float * tokens, ImportanceCollector * collector);
+    void compute(ggml_cgraph * graph);
+    void compute_in_parts(ImportanceCollector & collector);
 
     std::string      device_name_;
     bool             flash_attention_;

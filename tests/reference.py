@@ -30,11 +30,17 @@ def encode(
     shape: VisionShape,
     pixels: npt.NDArray[np.float32],
     projector_gelu: str = "erf",
+    inputs: dict[str, Array] | None = None,
 ) -> Array:
-    """pixels [3, H, W] -> image tokens [n_tokens, n_text]."""
+    """pixels [3, H, W] -> image tokens [n_tokens, n_text].
+
+    `inputs` gets what each matrix is applied to: its name -> [rows, n_in].
+    """
     w = {name: data.astype(np.float64) for name, data in weights.items()}
 
     def linear(name: str, x: Array) -> Array:
+        if inputs is not None:
+            inputs[f"{name}.weight"] = x
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
     def layer_norm(name: str, x: Array) -> Array:

@@ -41,8 +41,8 @@ ALLOWED = {
     "model_file": {"errors", "gguf_header"},
     "memory": {"model_file"},
     "quantize": {
-        *("_native", "convert", "device", "errors", "files", "gguf_header", "model_file"),
-        "vision",
+        *("_native", "convert", "device", "errors", "files", "gguf_header", "imatrix"),
+        *("model_file", "vision"),
     },
     "hub": {"errors", "files", "gguf_header", "model_file", "paths", "quantize", "values"},
     "models": {"errors", "hub", "model_file", "values"},
@@ -55,12 +55,15 @@ ALLOWED = {
     "encoder": {
         *("_native", "cache", "errors", "files", "image", "paths", "prompt", "values", "vision"),
     },
-    "engine": STAGES | {"cache", "chat", "errors", "files", "paths", "values"},
+    "engine": STAGES | {"_native", "cache", "chat", "errors", "files", "paths", "values"},
+    "imatrix": {"convert", "errors"},
+    "calibration": {"_native", "engine", "errors", "image", "imatrix", "values"},
     "doctor": STAGES - {"vision", "prompt"}
     | {"_native", "engine", "errors", "hub", "memory", "model_file", "values"},
     "cli": {
-        *("convert", "doctor", "engine", "errors", "files", "grammar", "hub", "image", "memory"),
-        *("models", "paths", "quantize", "sources", "store", "values"),
+        *("calibration", "convert", "doctor", "engine", "errors", "files", "grammar", "hub"),
+        *("image", "memory", "model_file", "models", "paths", "quantize", "sources", "store"),
+        "values",
     },
     "chat_handler": STAGES - {"image", "models"} | {"errors", "grammar", "sources", "values"},
     "__init__": {

@@ -108,6 +108,54 @@ def test_an_empty_batch_gives_no_tokens(tmp_path: Path) -> None:
     assert vision.encode(random_pixels(shape, 0)).shape == (0, shape.n_tokens, shape.n_text)
 
 
+@pytest.mark.parametrize("flash_attention", [True, False], ids=["flash", "explicit"])
+@pytest.mark.parametrize("layout", ["clip", "siglip"])
+def test_collected_sums_equal_the_reference(
+    tmp_path: Path, layout: str, flash_attention: bool
+) -> None:
+    """Every matrix of the file, by its name there, and none of attention's own products."""
+    shape = VisionShape(image_size=84, n_ff=50)
+    vision = encoder(
+        tiny_gguf.write_mmproj(tmp_path / "mmproj.gguf", shape, layout=layout),
+        flash_attention=flash_attention,
+    )
+    weights = tiny_gguf.random_tensors(shape)
+    pixels = random_pixels(shape, n=3)
+    collector = _native.ImportanceCollector()
+    tokens = vision.encode(pixels[:2], collector)
+    tokens = np.concatenate([tokens, vision.encode(pixels[2:], collector)])
+    np.testing.assert_allclose(tokens, vision.encode(pixels), rtol=1e-4, atol=1e-5)
+
+    rows: dict[str, list[np.ndarray]] = {}
+    for image in pixels:
+        inputs: dict[str, np.ndarray] = {}
+        gelu = "erf" if layout == "clip" else "tanh"
+        reference.encode(weights, shape, image, gelu, inputs)
+        for name, x in (tiny_gguf.siglip_names(inputs) if layout == "siglip" else inputs).items():
+            rows.setdefault(name, []).append(x)
+    found = collector.sums()
+    assert found.keys() == rows.keys()
+    assert len(found) == 2 * 6 + 2
+    for name, parts in rows.items():
+        want = np.concatenate(parts)
+        assert found[name].n_rows == len(want), name
+        scale = np.abs(want).max()
+        np.testing.assert_allclose(
+            found[name].squares, (want**2).sum(0), rtol=2e-3, atol=1e-3 * scale**2, err_msg=name
+        )
+        np.testing.assert_allclose(
+            found[name].values, want.sum(0), atol=1e-3 * scale * len(want) ** 0.5, err_msg=name
+        )
+
+
+def test_collecting_from_nothing(tmp_path: Path) -> None:
+    shape = VisionShape()
+    vision = encoder(tiny_gguf.write_mmproj(tmp_path / "mmproj.gguf", shape))
+    collector = _native.ImportanceCollector()
+    vision.encode(random_pixels(shape, 0), collector)
+    assert collector.sums() == {}
+
+
 def test_quantized_weights_load(tmp_path: Path) -> None:
     shape = VisionShape(n_ff=64, n_proj=64)
     tensors = tiny_gguf.random_tensors(shape)

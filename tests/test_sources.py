@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import os
 import socket
 import ssl
 import threading
@@ -21,7 +22,7 @@ import trustme
 from PIL import Image, ImageGrab, UnidentifiedImageError
 
 from omnivlm_edge import ImageError, sources
-from omnivlm_edge.sources import decode_data_uri, fetch_url, read_sources
+from omnivlm_edge.sources import decode_data_uri, fetch_url, find_pictures, read_sources
 
 
 @pytest.fixture
@@ -470,3 +471,27 @@ def test_a_pattern_that_matches_too_much(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / f"{name}.png").write_bytes(b"not even looked at")
     with pytest.raises(ImageError, match="matches 3 files, and a question can be about 2 at most"):
         read_sources(str(tmp_path / "*.png"))
+
+
+def test_pictures_of_a_directory_a_pattern_and_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a10.png", "a9.jpg", "below/deep/b.webp", ".hidden", "below/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"not even looked at")
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sources, "MAX_MATCHES", 1)  # is for questions
+    everything = ["a9.jpg", "a10.png", "below/deep/b.webp", "below/notes.txt"]
+    assert find_pictures(".") == [f"./{name}" for name in everything]
+    assert find_pictures("~/below") == [
+        str(tmp_path / "below/deep/b.webp"),
+        str(tmp_path / "below/notes.txt"),
+    ]
+    assert find_pictures("a*") == everything[:2]
+    assert find_pictures("a10.png") == ["a10.png"]
+    (tmp_path / "empty").mkdir()
+    for wrong in ("none", "empty", "pipe", "", "nul\0", "none*.png", "https://x.invalid/a.png"):
+        with pytest.raises(ImageError, match="there is no such file"):
+            find_pictures(wrong)

@@ -85,12 +85,41 @@ class TextFile:
     def quantized(self) -> bool:
         """Some of its tensors are."""
 
+class ChannelSums:
+    """Sums over the rows of activations that one weight matrix multiplied."""
+
+    @property
+    def values(self) -> list[float]:
+        """One for each input channel."""
+
+    @property
+    def squares(self) -> list[float]:
+        """Of the squared values."""
+
+    @property
+    def n_rows(self) -> int: ...
+
+class ImportanceCollector:
+    """Adds up the activations that meet a model's weights."""
+
+    def __init__(self) -> None: ...
+
+    @property
+    def address(self) -> int:
+        """What `importance_callback_address` takes as its user data."""
+
+    def sums(self) -> dict[str, ChannelSums]:
+        """By the weights' names in their files."""
+
+def importance_callback_address() -> int:
+    """Address of the ggml_backend_sched_eval_callback that collects."""
+
 class VisionEncoder:
     """The vision path of one mmproj file on one device."""
 
     def __init__(self, path: bytes, device: str, n_threads: int, flash_attention: bool = True) -> None: ...
 
-    def encode(self, pixels: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None, None))]:
+    def encode(self, pixels: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu', writable=False)], collector: ImportanceCollector | None = None) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None, None))]:
         """
         float32 [n, 3, image_size, image_size], normalised -> float32 [n, n_tokens, n_embd_text].
         """

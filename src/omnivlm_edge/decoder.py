@@ -21,7 +21,14 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from ._native import Device, inspect_text_file, log_sink_address, take_log_error
+from ._native import (
+    Device,
+    ImportanceCollector,
+    importance_callback_address,
+    inspect_text_file,
+    log_sink_address,
+    take_log_error,
+)
 from .errors import (
     BusyError,
     ClosedError,
@@ -71,7 +78,8 @@ class TextDecoder:
     """A text model with one context. Safe to call from several threads; calls are serialised.
 
     `n_ctx` counts the context's positions: what was asked for, at most what the model was trained
-    on (`n_ctx_train`). `n_embd` is the width of one position's embedding.
+    on (`n_ctx_train`). `n_embd` is the width of one position's embedding. A `collector`, if any, is
+    shown every matrix product, and every prompt is computed in full.
 
     Raises ModelFileError when the file cannot be loaded, DeviceError when memory runs out.
     """
@@ -85,6 +93,7 @@ class TextDecoder:
         n_threads: int,
         n_gpu_layers: int | None = None,
         n_sequences: int = 1,
+        collector: ImportanceCollector | None = None,
     ) -> None:
         _initialise_backend()
         if not 1 <= n_sequences <= _MAX_SEQUENCES:
@@ -102,8 +111,9 @@ class TextDecoder:
         self._n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self._model)
         self._context = _new_context(
-            self._model, device, min(n_ctx, self.n_ctx_train), n_threads, n_sequences
+            self._model, device, min(n_ctx, self.n_ctx_train), n_threads, n_sequences, collector
         )
+        self._collector = collector  # the context holds its address
         self._owned.insert(0, functools.partial(llama_cpp.llama_free, self._context))
         self.n_ctx: int = llama_cpp.llama_n_ctx(self._context)
         self.n_embd: int = llama_cpp.llama_model_n_embd_inp(self._model)
@@ -188,7 +198,8 @@ class TextDecoder:
             self._open_context()
             _check_open(sequence)
             if sequence.position == 0:
-                kept = self._keep_common(sequence.seq_id, cells_of(parts))
+                cells = cells_of(parts) if self._collector is None else []
+                kept = self._keep_common(sequence.seq_id, cells)
                 sequence.position = sequence.n_cached = kept
                 parts = _skip(parts, sequence.n_cached)
             self._make_room(sum(len(part) for part in parts))
@@ -613,7 +624,14 @@ def _load_model(path: Path, device: Device, n_gpu_layers: int | None) -> Any:
     return model
 
 
-def _new_context(model: Any, device: Device, n_ctx: int, n_threads: int, n_sequences: int) -> Any:
+def _new_context(
+    model: Any,
+    device: Device,
+    n_ctx: int,
+    n_threads: int,
+    n_sequences: int,
+    collector: ImportanceCollector | None,
+) -> Any:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = max(n_ctx, n_sequences)  # fewer positions than sequences abort llama.cpp
     params.n_batch = min(max(n_ctx, _MIN_BATCH), _MAX_BATCH)
@@ -623,6 +641,10 @@ def _new_context(model: Any, device: Device, n_ctx: int, n_threads: int, n_seque
     params.n_threads_batch = n_threads
     params.offload_kqv = device.kind != "cpu"
     params.op_offload = device.kind != "cpu"
+    if collector is not None:
+        callback = ctypes.c_void_p(importance_callback_address())
+        params.cb_eval = ctypes.cast(callback, llama_cpp.ggml_backend_sched_eval_callback)
+        params.cb_eval_user_data = collector.address
     context = llama_cpp.llama_init_from_model(model, params)
     if not context:
         raise DeviceError(

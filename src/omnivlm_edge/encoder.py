@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from . import image as images
 from . import prompt as prompts
-from ._native import Device, VisionHparams
+from ._native import Device, ImportanceCollector, VisionHparams
 from .cache import DiskCache, EmbeddingCache, cache_key
 from .errors import ModelFileError
 from .files import identity, loaded_digest
@@ -28,16 +28,26 @@ class PictureEncoder:
     """The vision path of one mmproj file on one device, and what it encoded before.
 
     `disk_cache` keeps encoded pictures and the file's hash on disk, for other processes too.
+    `collector`, if any, is shown the matrix products of each picture that is encoded.
 
     Raises ModelFileError when the file cannot be used, DeviceError when the device fails.
     """
 
-    def __init__(self, path: Path, device: Device, n_threads: int, *, disk_cache: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: Device,
+        n_threads: int,
+        *,
+        disk_cache: bool,
+        collector: ImportanceCollector | None = None,
+    ) -> None:
         self._path = path
         self._device = device.name
         if path.exists():  # else Vision says so
             self._loaded = identity(path)
         self._vision = Vision(path, device, n_threads)
+        self._collector = collector
         self._cache = self._new_cache(cache_dir() / "embeddings" if disk_cache else None)
         self._scope: str | None = None  # the vision file's digest
         #: Where files' hashes are remembered.
@@ -82,7 +92,7 @@ class PictureEncoder:
             looked_up = time.perf_counter() - preprocessed
             return ImageEmbedding(data, preprocessed - started, looked_up, picture.name, where)
         normalised = images.normalise(pixels, hparams.image_mean, hparams.image_std)
-        data = self._vision.encode(normalised[None])[0]  # [n_tokens, n_embd_text]
+        data = self._vision.encode(normalised[None], self._collector)[0]  # [n_tokens, n_embd_text]
         if not np.isfinite(data).all():
             raise ModelFileError(
                 f"{self._path}: makes no numbers of {picture.name} on {self._device}: download or "

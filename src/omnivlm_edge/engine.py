@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 
 from . import prompt as prompts
+from ._native import ImportanceCollector
 from .cache import DiskCache, cache_key
 from .chat import Chat, Images, finish
 from .decoder import Embeddings, TextDecoder, Tokens, TokenSequence, cells_of
@@ -54,6 +55,7 @@ class OmniVLM:
         mmproj_offload: whether the vision path runs on the device too, or on the CPU.
         disk_cache: whether encoded pictures, the beginnings of prompts and the files' hashes are
             kept on disk, for other processes too.
+        collector: is shown every matrix product of both models (see `imatrix.collect`).
 
     Raises ModelFileError, DeviceError, OptionError. One object generates one answer at a time:
     a second one, from another thread too, raises BusyError until the first is finished or its
@@ -72,6 +74,7 @@ class OmniVLM:
         n_gpu_layers: int | None = None,
         mmproj_offload: bool = True,
         disk_cache: bool = True,
+        collector: ImportanceCollector | None = None,
     ) -> None:
         started = time.perf_counter()
         _check_whole("n_ctx", n_ctx, 1)
@@ -83,11 +86,18 @@ class OmniVLM:
         vision_device = chosen if mmproj_offload else select_device("cpu")
 
         self._loaded = {path: identity(path) for path in (files.text, files.mmproj)}
-        encoder = PictureEncoder(files.mmproj, vision_device, threads, disk_cache=disk_cache)
+        encoder = PictureEncoder(
+            files.mmproj, vision_device, threads, disk_cache=disk_cache, collector=collector
+        )
         self._encoder: PictureEncoder | None = encoder
         self._variant = encoder.prompt_variant(files.variant)
         self._decoder = TextDecoder(
-            files.text, chosen, n_ctx=n_ctx, n_threads=threads, n_gpu_layers=n_gpu_layers
+            files.text,
+            chosen,
+            n_ctx=n_ctx,
+            n_threads=threads,
+            n_gpu_layers=n_gpu_layers,
+            collector=collector,
         )
         encoder.check_text_model(files.text, self._decoder.n_embd)
         self._hashes = encoder.hashes

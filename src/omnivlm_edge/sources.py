@@ -52,7 +52,37 @@ def read_sources(text: str, *, allow_private: bool = False) -> list[Picture]:
         return _read_clipboard()
     if "://" in text or _is_data_uri(text):
         return [read_address(text, allow_private=allow_private)]
-    return [load_image(path) for path in _find_files(text)]
+    paths = _find_files(text)
+    if len(paths) > MAX_MATCHES:
+        raise ImageError(
+            f"{shorten(text)}: matches {len(paths)} files, and a question can be about "
+            f"{MAX_MATCHES} at most; ask about fewer"
+        )
+    return [load_image(path) for path in paths]
+
+
+def find_pictures(text: str) -> list[str]:
+    """The files that `text` names: a file, all in a directory and below it, or a pattern's matches.
+
+    In natural order, whether they are pictures or not; hidden ones of a directory are left out.
+
+    Raises ImageError when there are none.
+    """
+    found = []
+    for path in _find_files(text):
+        if os.path.isdir(path):
+            below = (
+                os.path.join(directory, name)
+                for directory, _, names in os.walk(path)
+                for name in names
+                if not name.startswith(".")
+            )
+            found += sorted(filter(os.path.isfile, below), key=_natural)
+        elif os.path.isfile(path):
+            found.append(path)
+    if not found:
+        raise ImageError(f"{shorten(text)}: there is no such file, nor a directory with files")
+    return found
 
 
 def read_address(address: str, *, allow_private: bool = False) -> Picture:
@@ -322,11 +352,6 @@ def _find_files(text: str) -> list[str]:
         raise ImageError(f"{shorten(text)}: cannot be read ({exc})") from exc
     if not matches:
         raise ImageError(f"{shorten(text)}: there is no such file, nor one that matches it")
-    if len(matches) > MAX_MATCHES:
-        raise ImageError(
-            f"{shorten(text)}: matches {len(matches)} files, and a question can be about "
-            f"{MAX_MATCHES} at most; ask about fewer"
-        )
     return sorted(matches, key=_natural)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ._native import Device, VisionEncoder, VisionHparams
+from ._native import Device, ImportanceCollector, VisionEncoder, VisionHparams
 
 
 class Vision:
@@ -24,9 +24,12 @@ class Vision:
     def hparams(self) -> VisionHparams:
         return self._encoder.hparams
 
-    def encode(self, pixels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def encode(
+        self, pixels: npt.NDArray[np.float32], collector: ImportanceCollector | None = None
+    ) -> npt.NDArray[np.float32]:
         """float32 [n, 3, image_size, image_size] -> float32 [n, n_tokens, n_embd_text].
 
-        Releases the GIL; calls from several threads run one after the other.
+        `collector`, if any, is shown every matrix product. Releases the GIL; calls from several
+        threads run one after the other.
         """
-        return self._encoder.encode(pixels)
+        return self._encoder.encode(pixels, collector)

@@ -17,6 +17,7 @@ from ..errors import OmniVLMError
 from .completion import completion
 from .convert import convert
 from .doctor import doctor
+from .imatrix import imatrix
 from .quantize import quantize
 from .run import run
 from .store import ls, pull, rm, show
@@ -62,7 +63,7 @@ def cli() -> None:
     """Ask small vision-language models about pictures, on your own machine."""
 
 
-for command in (run, pull, ls, show, rm, quantize, convert, doctor, completion):
+for command in (run, pull, ls, show, rm, quantize, imatrix, convert, doctor, completion):
     cli.add_command(command)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from ..values import ModelFiles
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -41,6 +44,17 @@ def complete_path(_: click.Context, __: click.Parameter, incomplete: str) -> lis
 def note(message: str) -> None:
     """Says something that is no answer."""
     click.echo(message, err=True)
+
+
+def find_source(model: str) -> ModelFiles:
+    """The files of a model that is going to be quantized: of a name's, those in F16."""
+    from ..hub import parse_reference
+    from ..models import find_model
+
+    reference = parse_reference(model)
+    if reference is not None and reference.quantization is None:
+        model += ":f16"  # what is quantized already cannot be quantized well
+    return find_model(model, notify=note)
 
 
 def consent(yes: bool) -> Callable[[str], bool]:

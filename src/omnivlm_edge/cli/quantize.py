@@ -11,7 +11,7 @@ import click
 
 from ..errors import OptionError
 from ..quantize.recipes import BLOCK, RECIPES, QuantizeOptions, recipe_name
-from .options import model_argument, note, setting
+from .options import complete_path, find_source, model_argument, note, setting
 
 if TYPE_CHECKING:
     from ..quantize.plan import PlannedTensor
@@ -53,6 +53,12 @@ def _rule(_context: click.Context, _parameter: click.Parameter, given: Sequence[
     callback=_rule,
     help=f"Type of the matrices in whose name REGEX is found: {', '.join(BLOCK).lower()}.",
 )
+@click.option(
+    "--imatrix",
+    metavar="FILE",
+    shell_complete=complete_path,
+    help="Importance matrix, made by omnivlm-edge imatrix: what matters loses less.",
+)
 @click.option("--allow-requantize", is_flag=True, help="Take quantized sources, at a loss.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, tensor by tensor.")
 @setting("-t", "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
@@ -65,6 +71,7 @@ def quantize(
     embedding_type: str | None,
     output_type: str | None,
     tensor_types: tuple[tuple[str, str], ...],
+    imatrix: str | None,
     allow_requantize: bool,
     dry_run: bool,
     threads: int | None,
@@ -79,9 +86,12 @@ def quantize(
     """
     from ..model_file import inspect_file
     from ..quantize.file import output_name, plan_file
+    from ..quantize.plan import NOT_IN_IMATRIX
 
     try:
-        options = QuantizeOptions(tensor_types, embedding_type, output_type, allow_requantize)
+        options = QuantizeOptions(
+            tensor_types, embedding_type, output_type, imatrix, allow_requantize
+        )
         shared = _only_type(type_name, flags)
         recipes = {
             kind: shared if own is None else recipe_name(own)
@@ -103,6 +113,9 @@ def quantize(
     for pattern, _ in tensor_types:
         if not any(tensor.is_matrix and re.search(pattern, tensor.name) for tensor in planned):
             raise click.UsageError(f"--tensor-type: {pattern!r} is found in no matrix's name")
+    unknown = sum(NOT_IN_IMATRIX in tensor.note for tensor in planned)
+    if unknown:
+        note(f"{imatrix}: says nothing of {unknown} matrices; their columns count alike")
     before = sum(source.stat().st_size for source in sources)
     if dry_run:
         for _, _, output, plan in jobs:
@@ -149,15 +162,9 @@ def _is_name(model: str) -> bool:
 
 
 def _sources(model: str) -> list[Path]:
-    from ..hub import parse_reference
-    from ..models import find_model
-
     if Path(model).is_file():
         return [Path(model)]
-    reference = parse_reference(model)
-    if reference is not None and reference.quantization is None:
-        model += ":f16"  # what is quantized already cannot be quantized well
-    files = find_model(model, notify=note)
+    files = find_source(model)
     return [files.text, files.mmproj]
 
 

@@ -15,9 +15,11 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from ..errors import ModelFileError
 from ..gguf_header import TensorInfo
+from ..imatrix import Imatrix
 from ..model_file import ModelFile
 from .recipes import FLOATS, QuantizeOptions, Rule, choose
 
+NOT_IN_IMATRIX = "not in the imatrix"
 UNUSED_PREFIX = "v.head."  # SigLIP's pooling head in published files, which nothing reads
 WIDTH_MULTIPLE = 256  # a K type's block, the longest of all
 _VISION_MATRIX = re.compile(r"(v\.blk\.\d+\.\w+|mm\.\d+)\.weight")
@@ -58,6 +60,7 @@ class Job:
     keys: Mapping[str, str | int]
     n_threads: int
     progress: Callable[[int, int], None]
+    imatrix: Imatrix | None = None
 
     def importance(self, tensor: PlannedTensor) -> npt.NDArray[np.float32]:
         """How much the squared error of each column of a matrix counts, float32 [n_per_row].
@@ -65,14 +68,20 @@ class Job:
         All columns alike where nothing is known: ggml looks for the scales of least error only when
         it is given weights (measured on normal values: Q4_1 10 % less error, Q4_0 5 %).
         """
-        return np.ones(tensor.shape[-1], np.float32)
+        importance = np.ones(tensor.shape[-1], np.float32)
+        known = self.imatrix.importance(tensor.name) if self.imatrix else None
+        if known is not None:  # shorter where the rows were padded
+            importance[: len(known)] = known / known.mean()  # no overflow, whatever the activations
+        return importance
 
 
-def plan_tensors(file: ModelFile, recipe: str, options: QuantizeOptions) -> list[PlannedTensor]:
+def plan_tensors(
+    file: ModelFile, recipe: str, options: QuantizeOptions, imatrix: Imatrix | None
+) -> list[PlannedTensor]:
     """The tensors of the new file, in the order of the old one.
 
     Raises OptionError for options that do not fit this file, ModelFileError when it is quantized
-    already or holds a type that nobody knows.
+    already, holds a type that nobody knows or is not that of the importance matrix.
     """
     tensors = [t for t in file.header.tensors if not t.name.startswith(UNUSED_PREFIX)]
     tied = all(tensor.name != "output.weight" for tensor in tensors)
@@ -101,6 +110,15 @@ def plan_tensors(file: ModelFile, recipe: str, options: QuantizeOptions) -> list
             # What cannot be quantized stays as it is, or becomes half as large.
             unfit = note and chosen in FLOATS and source is not GGMLType.F32
             target = source if unfit else GGMLType[chosen]
+            if imatrix is not None:
+                inputs = imatrix.inputs.get(tensor.name)
+                if inputs is None:
+                    note = f"{note}; {NOT_IN_IMATRIX}".removeprefix("; ")
+                elif len(inputs.squares) != tensor.shape[0]:
+                    raise ModelFileError(
+                        f"{options.imatrix}: belongs to another model: {tensor.name} has rows of "
+                        f"{tensor.shape[0]} values in {file.path}"
+                    )
         elif file.kind == "vision" and len(shape) > 1 and source is GGMLType.F32:
             target = GGMLType.F16
         planned.append(PlannedTensor(tensor.name, shape, source, target, matrix, note))

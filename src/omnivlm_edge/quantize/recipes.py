@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,8 +60,9 @@ class QuantizeOptions:
 
     `tensor_types` are rules that come before the recipe's: (regular expression, type).
     `embedding_type` and `output_type` are those of the text model's token embeddings and output;
-    where these are one matrix, as in Qwen2.5-0.5B, it has one type. `allow_requantize` admits
-    sources that are quantized already, at a loss.
+    where these are one matrix, as in Qwen2.5-0.5B, it has one type. `imatrix` is the path of an
+    importance matrix (see imatrix.py), by which each column's error counts. `allow_requantize`
+    admits sources that are quantized already, at a loss.
 
     Raises OptionError for a name that is no type, or an expression that is none.
     """
@@ -68,6 +70,7 @@ class QuantizeOptions:
     tensor_types: tuple[Rule, ...] = ()
     embedding_type: str | None = None
     output_type: str | None = None
+    imatrix: str | os.PathLike[str] | None = None
     allow_requantize: bool = False
 
     def __post_init__(self) -> None:
