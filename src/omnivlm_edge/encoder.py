@@ -46,8 +46,7 @@ class PictureEncoder:
         self._device = device.name
         if path.exists():  # else Vision says so
             self._loaded = identity(path)
-        self._vision = Vision(path, device, n_threads)
-        self._collector = collector
+        self._vision = Vision(path, device, n_threads, collector)
         self._cache = self._new_cache(cache_dir() / "embeddings" if disk_cache else None)
         self._scope: str | None = None  # the vision file's digest
         #: Where files' hashes are remembered.
@@ -92,7 +91,7 @@ class PictureEncoder:
             looked_up = time.perf_counter() - preprocessed
             return ImageEmbedding(data, preprocessed - started, looked_up, picture.name, where)
         normalised = images.normalise(pixels, hparams.image_mean, hparams.image_std)
-        data = self._vision.encode(normalised[None], self._collector)[0]  # [n_tokens, n_embd_text]
+        data = self._vision.encode(normalised[None])[0]  # [n_tokens, n_embd_text]
         if not np.isfinite(data).all():
             raise ModelFileError(
                 f"{self._path}: makes no numbers of {picture.name} on {self._device}: download or "
