@@ -28,6 +28,9 @@ MAX_SECONDS = 10  # for an address: name lookup, redirects and download together
 MAX_REDIRECTS = 5
 MAX_MATCHES = 64  # of a pattern: more pictures fit no context, and all of them into memory at once
 
+# Of what image.py reads; in a directory other files are passed over.
+_SUFFIXES = tuple(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .heic .heif .avif".split())
+
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: the last four bytes are IPv4
 _SITE_LOCAL = ipaddress.ip_network("fec0::/10")  # RFC 3879: deprecated, but private
 
@@ -52,7 +55,29 @@ def read_sources(text: str, *, allow_private: bool = False) -> list[Picture]:
         return _read_clipboard()
     if "://" in text or _is_data_uri(text):
         return [read_address(text, allow_private=allow_private)]
-    return [load_image(path) for path in _find_files(text)]
+    paths = _find_files(text)
+    if len(paths) > MAX_MATCHES:
+        raise ImageError(
+            f"{shorten(text)}: matches {len(paths)} files, and a question can be about "
+            f"{MAX_MATCHES} at most; ask about fewer"
+        )
+    return [load_image(path) for path in paths]
+
+
+def find_pictures(text: str) -> list[str]:
+    """The paths of the pictures that `text` names: one, all in a directory, or a pattern's.
+
+    In natural order; which of a directory's files are pictures is told by their names. Raises
+    ImageError when there are none.
+    """
+    path = os.path.expanduser(text)
+    if not os.path.isdir(path):
+        return _find_files(text)
+    names = sorted(os.listdir(path), key=_natural)
+    found = [os.path.join(path, name) for name in names if name.lower().endswith(_SUFFIXES)]
+    if not found:
+        raise ImageError(f"{shorten(text)}: holds no pictures ({' '.join(_SUFFIXES)})")
+    return found
 
 
 def read_address(address: str, *, allow_private: bool = False) -> Picture:
@@ -322,11 +347,6 @@ def _find_files(text: str) -> list[str]:
         raise ImageError(f"{shorten(text)}: cannot be read ({exc})") from exc
     if not matches:
         raise ImageError(f"{shorten(text)}: there is no such file, nor one that matches it")
-    if len(matches) > MAX_MATCHES:
-        raise ImageError(
-            f"{shorten(text)}: matches {len(matches)} files, and a question can be about "
-            f"{MAX_MATCHES} at most; ask about fewer"
-        )
     return sorted(matches, key=_natural)
 
 

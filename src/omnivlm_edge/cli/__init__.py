@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 
 from ..errors import OmniVLMError
+from .compare import compare
 from .completion import completion
 from .convert import convert
 from .doctor import doctor
@@ -62,7 +63,7 @@ def cli() -> None:
     """Ask small vision-language models about pictures, on your own machine."""
 
 
-for command in (run, pull, ls, show, rm, quantize, convert, doctor, completion):
+for command in (run, pull, ls, show, rm, quantize, compare, convert, doctor, completion):
     cli.add_command(command)
 
 
