@@ -34,7 +34,8 @@ _COLUMNS = "model,MB,cosine,worst,error,KL text,top-1,KL whole,top-1,exact".spli
     "--prompt",
     "prompts",
     multiple=True,
-    help='May be repeated.  [default: "Describe the image"]',
+    help="Question that A answers about each picture. May be repeated.  "
+    '[default: "Describe the image"]',
 )
 @click.option(
     "-n",
@@ -154,10 +155,14 @@ def _row(loss: Loss) -> list[str]:
 def _conditions(losses: Sequence[Loss], n_pictures: int, prompts: Sequence[str], asked: int) -> str:
     """What the table was measured with, as one sentence."""
     made = "8 made pictures (coloured noise with shapes)"
-    parts = [f"{n_pictures} pictures" if n_pictures else made]
+    parts = [_counted(n_pictures, "picture") if n_pictures else made]
     if whole := losses[1].whole:
         quoted = ", ".join(f'"{prompt}"' for prompt in prompts)
         parts.append(f"{whole.positions} next tokens along A's answers to {quoted}")
     if asked:
-        parts.append(f"{asked} questions")
+        parts.append(_counted(asked, "question"))
     return f"Over {'; '.join(parts)}."
+
+
+def _counted(n: int, thing: str) -> str:
+    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
