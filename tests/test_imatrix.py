@@ -323,13 +323,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_prompts_patterns_and_pictures_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    (tmp_path / "in" / "notes.png").write_text("no picture")
     out = tmp_path / "new" / "x.gguf"
     images = ("--images", tmp_path / "in", "--images", EXAMPLES / "*.png")
     result = run("imatrix", "demo", *images, "-p", "Is there an egg?", "-o", out, "-n", 2)
     assert (result.returncode, result.stdout) == (0, f"{out}\n")
     assert result.stderr.count("\n") == 1
-    assert f"left out: {tmp_path / 'in' / 'notes.txt'}: " in result.stderr
+    assert f"left out: {tmp_path / 'in' / 'notes.png'}: " in result.stderr
     imatrix = read_imatrix(out)
     assert (imatrix.datasets, imatrix.chunk_count) == (("in", "*.png"), 2)
 

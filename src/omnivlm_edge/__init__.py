@@ -14,6 +14,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .chat import Chat as Chat
     from .chat_handler import OmniVLMChatHandler as OmniVLMChatHandler
+    from .compare import ExamQuestion as ExamQuestion
+    from .compare import Loss as Loss
+    from .compare import TextLoss as TextLoss
+    from .compare import VisionLoss as VisionLoss
+    from .compare import compare_models as compare_models
     from .device import available_devices as available_devices
     from .engine import OmniVLM as OmniVLM
     from .errors import BusyError as BusyError
@@ -45,9 +50,11 @@ _HOME = {
     "ContextOverflowError": "errors",
     "ConvertError": "errors",
     "DeviceError": "errors",
+    "ExamQuestion": "compare",
     "GenerateOptions": "values",
     "ImageEmbedding": "values",
     "ImageError": "errors",
+    "Loss": "compare",
     "ModelFileError": "errors",
     "ModelFiles": "values",
     "OmniVLM": "engine",
@@ -55,9 +62,12 @@ _HOME = {
     "OmniVLMError": "errors",
     "OptionError": "errors",
     "QuantizeOptions": "quantize.recipes",
+    "TextLoss": "compare",
     "Timings": "values",
     "Turn": "values",
+    "VisionLoss": "compare",
     "available_devices": "device",
+    "compare_models": "compare",
     "json_schema_grammar": "grammar",
     "quantize_file": "quantize.file",
 }

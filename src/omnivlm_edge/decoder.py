@@ -49,6 +49,7 @@ _MIN_BATCH, _MAX_BATCH = 256, 2048  # positions handed to llama.cpp at once
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ in llama.cpp
 _MAX_GRAMMAR_DEPTH, _MAX_GRAMMAR_RULES = 200, 5000
 _ALL_LAYERS = 999  # more than any model has
+_FORCED_BATCH = 32  # tokens whose logits are kept at once: 0.6 MB each for 151,936 of them
 _REPEAT_WINDOW = 64  # tokens that repeat_penalty looks back on; llama.cpp's default
 
 
@@ -255,7 +256,7 @@ class TextDecoder:
         if max(map(len, continuations)) > self._n_batch:
             raise OptionError(f"a choice has more than {self._n_batch} tokens: shorten it")
         with self._lock:
-            first = _log_softmax(self.logits(sequence))
+            first = log_softmax(self.logits(sequence))
             start = sequence.position
             scores = []
             for tokens in continuations:
@@ -264,13 +265,38 @@ class TextDecoder:
                     self._make_room(len(tokens) - 1)
                     self._append(sequence, tokens[:-1], logits_from=0)
                     for i, token in enumerate(tokens[1:]):
-                        score += float(_log_softmax(self._logits_at(i))[token])
+                        score += float(log_softmax(self._logits_at(i))[token])
                     sequence.position = start
                     if not self._forget(sequence.seq_id, start):
                         raise OptionError("this model cannot score choices of several tokens")
                 scores.append(score)
             sequence._step = -1
             return scores
+
+    def logits_along(
+        self, sequence: TokenSequence, parts: Sequence[Tokens | Embeddings], tokens: Tokens
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """The logits behind a prompt, and behind each of the tokens that follow it: [n_vocab] each.
+
+        `sequence` is a new one. Nothing of an earlier one is used, because what is computed in
+        other batches differs in the last digits: the same call gives the same numbers.
+        """
+        with self._lock:
+            self._open_context()
+            _check_open(sequence)
+            self._forget(sequence.seq_id, 0)
+            self.prefill(sequence, parts)
+            logits = [self.logits(sequence)]
+        for start in range(0, len(tokens), _FORCED_BATCH):
+            yield from logits
+            chunk = tokens[start : start + _FORCED_BATCH]
+            with self._lock:
+                self._open_context()
+                _check_open(sequence)
+                self._make_room(len(chunk))
+                self._append(sequence, chunk, logits_from=0)
+                logits = [self._logits_at(i).copy() for i in range(len(chunk))]
+        yield from logits
 
     def decode(self, sequences: Sequence[TokenSequence]) -> None:
         """One step: appends the last sampled token of every sequence, all in one batch."""
@@ -597,7 +623,8 @@ def _admits(grammar: Any, token: int) -> bool:
     return bool(np.isfinite(candidate["logit"][0]))
 
 
-def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Logits [n_vocab] -> the logarithms of the probabilities."""
     shifted = logits.astype(np.float64) - logits.max()
     return np.asarray(shifted - np.log(np.exp(shifted).sum()))
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from . import prompt as prompts
 from ._native import ImportanceCollector
@@ -228,6 +229,21 @@ class OmniVLM:
         shares = np.exp(np.asarray(together) - np.logaddexp.reduce(together))
         chances = zip(names, map(float, shares), strict=True)
         return dict(sorted(chances, key=lambda chance: -chance[1]))
+
+    def logits_along(
+        self, image: ImageSource | ImageEmbedding, prompt: str, tokens: Sequence[int]
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """The logits of an answer's first token, then behind each of `tokens`: float32 [n_vocab].
+
+        So another model's answer can be followed (`Answer.tokens`). What was computed before is not
+        used: the same arguments give the same numbers. Raises as `answer`.
+        """
+        filled, _, _ = self._embed(self._tokenize([Turn(prompt, (image,))], None))
+        sequence = self._decoder.open(GenerateOptions())
+        try:
+            yield from self._decoder.logits_along(sequence, filled, list(tokens))
+        finally:
+            self._decoder.close_sequence(sequence)
 
     def chat(self, *, system: str | None = None, history: bool | None = None) -> Chat:
         """A conversation about any number of pictures.

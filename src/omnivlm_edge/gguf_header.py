@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,12 +37,14 @@ class TensorInfo:
 class Header:
     """What stands before the tensors' data; arrays are left out of `metadata`.
 
+    `arrays` says where they stand, by key: the offsets of the first byte and behind the last.
     `partial` is true when the bytes at hand ended before the header did.
     """
 
     metadata: dict[str, Value]
     tensors: list[TensorInfo]
     partial: bool = False
+    arrays: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class _EndOfData(Exception):
@@ -79,7 +81,7 @@ def parse_header(data: bytes | mmap.mmap, name: str) -> Header:
     try:
         _Reader(data, name).read(header)
     except _EndOfData:
-        return Header(header.metadata, header.tensors, partial=True)
+        return replace(header, partial=True)
     return header
 
 
@@ -102,7 +104,9 @@ class _Reader:
             if kind == _STRING:
                 header.metadata[key] = self.string()
             elif kind == _ARRAY:
+                start = self.offset
                 self.skip_array()
+                header.arrays[key] = start, self.offset
             else:
                 header.metadata[key] = self.scalar(self.format_of(kind))
         for _ in range(n_tensors):

@@ -28,6 +28,9 @@ MAX_SECONDS = 10  # for an address: name lookup, redirects and download together
 MAX_REDIRECTS = 5
 MAX_MATCHES = 64  # of a pattern: more pictures fit no context, and all of them into memory at once
 
+# Of what image.py reads; in a directory other files are passed over.
+_SUFFIXES = tuple(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .heic .heif .avif".split())
+
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: the last four bytes are IPv4
 _SITE_LOCAL = ipaddress.ip_network("fec0::/10")  # RFC 3879: deprecated, but private
 
@@ -62,11 +65,10 @@ def read_sources(text: str, *, allow_private: bool = False) -> list[Picture]:
 
 
 def find_pictures(text: str) -> list[str]:
-    """The files that `text` names: a file, all in a directory and below it, or a pattern's matches.
+    """The files that `text` names: one, the pictures in a directory and below it, or a pattern's.
 
-    In natural order, whether they are pictures or not; hidden ones of a directory are left out.
-
-    Raises ImageError when there are none.
+    In natural order. Which of a directory's files are pictures is told by their names; hidden ones
+    are left out. Raises ImageError when there are none.
     """
     found = []
     for path in _find_files(text):
@@ -75,13 +77,15 @@ def find_pictures(text: str) -> list[str]:
                 os.path.join(directory, name)
                 for directory, _, names in os.walk(path)
                 for name in names
-                if not name.startswith(".")
+                if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
             )
             found += sorted(filter(os.path.isfile, below), key=_natural)
         elif os.path.isfile(path):
             found.append(path)
+    if not found and not os.path.exists(os.path.expanduser(text)):
+        raise ImageError(f"{shorten(text)}: there is no such file, nor one that matches it")
     if not found:
-        raise ImageError(f"{shorten(text)}: there is no such file, nor a directory with files")
+        raise ImageError(f"{shorten(text)}: holds no pictures ({' '.join(_SUFFIXES)})")
     return found
 
 

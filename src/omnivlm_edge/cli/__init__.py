@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 
 from ..errors import OmniVLMError
+from .compare import compare
 from .completion import completion
 from .convert import convert
 from .doctor import doctor
@@ -63,7 +64,9 @@ def cli() -> None:
     """Ask small vision-language models about pictures, on your own machine."""
 
 
-for command in (run, pull, ls, show, rm, quantize, imatrix, convert, doctor, completion):
+for command in (
+    *(run, pull, ls, show, rm, quantize, imatrix, compare, convert, doctor, completion),
+):
     cli.add_command(command)
 
 
