@@ -119,6 +119,10 @@ def test_k_types_where_256_divides_a_row(tmp_path: Path) -> None:
             "v.post_ln.weight": "F32",
             "v.blk.0.ffn_up.bias": "F32",
         }
+        if name in ("q4_k_m", "q5_k_m"):  # the projector gets more
+            kinds["mm.2.weight"] = "Q8_0"
+        if name == "q4_k_m":
+            kinds["mm.0.weight"] = "Q5_K"
         assert {key: tensors[key].tensor_type.name for key in kinds} == kinds, name
         width = 300 if name in ("f16", "bf16") else 512
         assert tensors["v.blk.0.ffn_up.bias"].shape.tolist() == [width]
@@ -658,6 +662,27 @@ def test_command_with_a_type_for_each_file(tmp_path: Path) -> None:
     assert kinds["token_embd.weight"] == "Q8_0"
     assert kinds["blk.1.ffn_up.weight"] == "Q4_0"
     assert kinds["blk.0.attn_q.weight"] == kinds_of(vision)["v.blk.0.attn_q.weight"] == "F16"
+
+
+def test_report(tmp_path: Path) -> None:
+    result = run("demo", tmp_path, "--q8_0", "--report", "-t", 1)
+    assert result.returncode == 0, result.stderr
+    *paths, head, reference, loss, conditions = result.stdout.splitlines()
+    assert len(paths) == 2
+    assert head.split()[:3] == ["model", "MB", "cosine"]
+    assert reference.split() == ["demo-F16", "11.8"]
+    assert loss.split()[:2] == ["demo-Q8_0", "6.5"]
+    assert float(loss.split()[2]) > 0.9995
+    assert conditions.startswith("Over 8 made pictures")
+
+
+def test_report_of_a_vision_file_alone(tmp_path: Path) -> None:
+    source = Path(shutil.copy(DEMO.mmproj, tmp_path / "mmproj-x-F16.gguf"))
+    result = run(source, "--q4_0", "--report", "-t", 1)
+    assert result.returncode == 0, result.stderr
+    assert "comparing vision alone" in result.stderr
+    assert "mmproj-x-Q4_0" in result.stdout
+    assert "KL" not in result.stdout
 
 
 FAILURES = {

@@ -124,10 +124,17 @@ def compare(
         text = json.dumps(result, indent=2, ensure_ascii=False)
         click.echo(text.encode(errors="backslashreplace").decode())  # names may be no text
     else:
-        _print_table(losses)
-        click.echo(_conditions(losses, len(pictures), prompts, len(exam)))
+        print_losses(losses, len(pictures), prompts, len(exam))
     if plot is not None:
         plot_losses(losses[1:], plot)
+
+
+def print_losses(
+    losses: Sequence[Loss], n_pictures: int, prompts: Sequence[str], asked: int = 0
+) -> None:
+    """The table and what it was measured with; `n_pictures` is 0 where they were made."""
+    _print_table(losses)
+    click.echo(_conditions(losses, n_pictures, prompts, asked))
 
 
 def _print_table(losses: Sequence[Loss]) -> None:

@@ -60,6 +60,9 @@ def _rule(_context: click.Context, _parameter: click.Parameter, given: Sequence[
     help="Importance matrix, made by omnivlm-edge imatrix: what matters loses less.",
 )
 @click.option("--allow-requantize", is_flag=True, help="Take quantized sources, at a loss.")
+@click.option(
+    "--report", is_flag=True, help="Print what was lost, as `omnivlm-edge compare` measures it."
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be written, tensor by tensor.")
 @setting("-t", "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 def quantize(
@@ -73,6 +76,7 @@ def quantize(
     tensor_types: tuple[tuple[str, str], ...],
     imatrix: str | None,
     allow_requantize: bool,
+    report: bool,
     dry_run: bool,
     threads: int | None,
     **flags: bool,
@@ -128,6 +132,21 @@ def quantize(
         click.echo(output)
     after = sum(output.stat().st_size for _, _, output, _ in jobs)
     click.echo(f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB", err=True)
+    if report:
+        _report(sources, [output for _, _, output, _ in jobs], threads)
+
+
+def _report(sources: Sequence[Path], outputs: Sequence[Path], threads: int | None) -> None:
+    from ..compare import DEFAULT_PROMPTS, compare_models
+    from ..values import ModelFiles
+    from .compare import print_losses
+
+    if len(sources) == 1:
+        losses = compare_models(sources[0], outputs, n_threads=threads, notify=note)
+    else:
+        source, output = (ModelFiles(text, mmproj) for text, mmproj in (sources, outputs))
+        losses = compare_models(source, [output], n_threads=threads)
+    print_losses(losses, 0, DEFAULT_PROMPTS)
 
 
 def _quantize(

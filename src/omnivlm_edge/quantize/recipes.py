@@ -35,16 +35,23 @@ class Recipe:
     vision: tuple[Rule, ...] = ()
 
 
+# The _m recipes spend about 10 MB where a byte helps most. Measured on the demo, one group of
+# matrices in Q4_K and the others in Q8_0, the relative error of the image embeddings is 0.052 for
+# mm.2, 0.037 for mm.0 and 0.021 to 0.030 for each group of the tower's; all in Q8_0: 0.010. In the
+# text model, keys and values in Q8_0 nearly halve the KL divergence of the 4-bit file.
+_PROJECTOR = (r"^mm\.2\.", "Q8_0"), (r"^mm\.0\.", "Q5_K")
+_KEYS_VALUES = ((r"attn_[kv]\.", "Q8_0"),)
+
 RECIPES = {
     "f16": Recipe("F16"),
     "bf16": Recipe("BF16"),
     "q8_0": Recipe("Q8_0"),
     "q6_k": Recipe("Q6_K"),
-    "q5_k_m": Recipe("Q5_K", text=((r"attn_[kv]\.", "Q8_0"),)),
+    "q5_k_m": Recipe("Q5_K", text=_KEYS_VALUES, vision=((r"^mm\.2\.", "Q8_0"),)),
     "q5_k_s": Recipe("Q5_K"),
     "q5_1": Recipe("Q5_1"),
     "q5_0": Recipe("Q5_0"),
-    "q4_k_m": Recipe("Q4_K", text=((r"attn_[kv]\.", "Q8_0"),)),
+    "q4_k_m": Recipe("Q4_K", text=_KEYS_VALUES, vision=_PROJECTOR),
     "q4_k_s": Recipe("Q4_K"),
     "q4_1": Recipe("Q4_1"),
     "q4_0": Recipe("Q4_0"),
