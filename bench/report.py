@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -60,6 +61,70 @@ def second_question_table() -> str:
     return "\n".join(lines)
 
 
+def loss_table() -> str:
+    """What each recipe loses, on the demo model: the newest record of each."""
+    rows = _quantizations("demo-F16")
+    lines = [
+        "| recipe | cosine | error | KL text | KL whole | top-1 | exact answers |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (recipe, imatrix), record in rows.items():
+        loss = record["loss"]
+        label = f"`--{recipe}`" + (" with imatrix" if imatrix else "")
+        if loss["vision"] is None:
+            lines.append(f"| F16 | | | | | | {loss['exact']:.1%} |")
+            continue
+        lines.append(
+            f"| {label} | {loss['vision']['cosine']:.5f} | {loss['vision']['error']:.3f} "
+            f"| {loss['text']['kl']:.5f} | {loss['whole']['kl']:.5f} "
+            f"| {loss['whole']['top1']:.1%} | {loss['exact']:.1%} |"
+        )
+    lines += [
+        "",
+        f"The demo model on the pictures of {record['pictures']} held-out scenes and their "
+        f"{record['questions']:,} questions; commit {record['commit']}. From "
+        "`bench/results/quantization.jsonl`.",
+    ]
+    return "\n".join(lines)
+
+
+def size_table() -> str:
+    """Size, speed and memory of each recipe at full size: the newest record of each."""
+    lines = [
+        "| recipe | text | vision | encode | decode | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (recipe, _), record in _quantizations("synthetic-F16").items():
+        loss, seconds = record["loss"], record["seconds"]
+        rate = record["completion_tokens"] / seconds["decode"]["min"]
+        lines.append(
+            f"| `--{recipe}` | {loss['text_bytes'] / 1e6:.1f} MB | "
+            f"{loss['vision_bytes'] / 1e6:.1f} MB | {seconds['encode']['min']:.2f} s "
+            f"| {rate:.1f} tokens/s | {record['peak_rss_mb']['answer']} MB |"
+        )
+    machine = record["machine"]
+    lines += [
+        "",
+        f"Full-size synthetic model (random weights: its losses say nothing); {machine['cpu']}, "
+        f"{record['threads']} threads, llama-cpp-python {record['llama_cpp_python']}, commit "
+        f"{record['commit']}; minimum of {record['repeats']} repeats. From "
+        "`bench/results/quantization.jsonl`.",
+    ]
+    return "\n".join(lines)
+
+
+def _quantizations(model: str) -> dict[tuple[str, bool], dict[str, Any]]:
+    """The newest record of a model by recipe and whether there was an imatrix."""
+    found = {}
+    for line in (RESULTS / "quantization.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["model"] == model and (record["recipe"], record["imatrix"]) != ("f16", True):
+            found[record["recipe"], record["imatrix"]] = record
+    plain = {recipe: place for place, (recipe, imatrix) in enumerate(found) if not imatrix}
+    order = sorted(found, key=lambda key: (plain.get(key[0], len(plain)), key[1]))
+    return {key: found[key] for key in order}
+
+
 def accuracy_table() -> str:
     """Scores of the demo model on held-out scenes, through the GGUF runtime."""
     record = json.loads((RESULTS / "demo_accuracy.json").read_text())
@@ -76,4 +141,5 @@ def accuracy_table() -> str:
 
 
 if __name__ == "__main__":
-    print(cost_table(), second_question_table(), accuracy_table(), sep="\n\n")
+    tables = cost_table, second_question_table, accuracy_table, loss_table, size_table
+    print(*(table() for table in tables), sep="\n\n")

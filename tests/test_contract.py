@@ -241,6 +241,8 @@ def test_readme_tables_come_from_the_committed_results() -> None:
     assert report.cost_table() in text
     assert report.second_question_table() in text
     assert report.accuracy_table() in text
+    assert report.loss_table() in text
+    assert report.size_table() in text
 
 
 def test_demo_fits_the_wheel_and_knows_the_examples() -> None:

@@ -26,14 +26,18 @@ import tiny_gguf
 from omnivlm_edge import (
     ConvertError,
     ModelFileError,
+    ModelFiles,
     OmniVLM,
     OmniVLMError,
     OptionError,
     QuantizeOptions,
+    compare_models,
     quantize_file,
 )
+from omnivlm_edge.calibration import collect
 from omnivlm_edge.convert import convert_mmproj
 from omnivlm_edge.convert.output import OutFile, OutTensor, write_gguf
+from omnivlm_edge.imatrix import Imatrix, Inputs
 from omnivlm_edge.models import find_model
 from omnivlm_edge.quantize import text as quantize_text
 from omnivlm_edge.quantize.file import output_name, plan_file
@@ -185,7 +189,10 @@ def test_text_metadata_and_types(tmp_path: Path) -> None:
     kinds = {name: tensor.tensor_type for name, tensor in tensors_of(output).items()}
     assert kinds == {t.name: t.target for t in plan_file(DEMO.text, "q4_k_m")}
     assert {kind.name for kind in kinds.values()} == {"F32", "Q4_K", "Q8_0"}
-    plain = llama_cpp.Llama(str(output), vocab_only=True, verbose=False)
+    plain = llama_cpp.Llama(
+        str(output), n_ctx=64, n_threads=1, verbose=False
+    )  # llama.cpp's stock path
+    assert plain.create_completion("Describe the image", max_tokens=1)["usage"]["total_tokens"] > 1
     plain.close()
 
 
@@ -374,6 +381,78 @@ def test_plans_say_what_is_written(tmp_path: Path, name: str) -> None:
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         QuantizeOptions(**options)
+
+
+# --- importance matrices --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def imatrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("imatrix") / "demo-imatrix.gguf"
+    collect(DEMO, [ROOT / "examples" / "horses.png"], datasets=["horses"], n_threads=1).write(path)
+    return path
+
+
+def test_importance_lowers_the_error_at_equal_size(tmp_path: Path, imatrix: Path) -> None:
+    builds = []
+    for name, options in (("plain", QuantizeOptions()), ("led", QuantizeOptions(imatrix=imatrix))):
+        text, mmproj = (
+            quantize_file(file, tmp_path / f"{name}-{file.name}", "q4_k_s", options, n_threads=1)
+            for file in (DEMO.text, DEMO.mmproj)
+        )
+        builds.append(ModelFiles(text, mmproj))
+        keys = keys_of(mmproj) | keys_of(text)
+        assert ("quantize.imatrix.file" in keys) == (name == "led")
+    assert keys["quantize.imatrix.file"][1] == "demo-imatrix.gguf"
+    assert keys["quantize.imatrix.dataset"][1] == "horses"
+    assert keys["quantize.imatrix.chunks_count"][1] == 3
+    other = ROOT / "examples" / "shopping.png"  # not the one that it was made from
+    _, plain, led = compare_models(DEMO, builds, [other], device="cpu", n_threads=1)
+    assert plain.vision and led.vision
+    assert plain.vision_bytes == pytest.approx(led.vision_bytes, rel=1e-3)
+    assert led.vision.error < 0.95 * plain.vision.error
+
+
+def test_importance_of_padded_rows(tmp_path: Path) -> None:
+    source = tiny_gguf.write_mmproj(tmp_path / "in.gguf", ODD, dtype="f32")
+    squares = np.linspace(0, 2, ODD.n_ff, dtype=np.float32)
+    inputs = {"v.blk.0.ffn_down.weight": Inputs(squares, 2)}
+    Imatrix(inputs, ("x",), 1, 512).write(tmp_path / "imatrix.gguf")
+    plain = quantize_file(source, tmp_path / "plain.gguf", "q4_0")
+    options = QuantizeOptions(imatrix=tmp_path / "imatrix.gguf")
+    led = quantize_file(source, tmp_path / "led.gguf", "q4_0", options)
+    want = values(tensors_of(source)["v.blk.0.ffn_down.weight"])
+    errors = [
+        (
+            squares
+            * (values(tensors_of(path)["v.blk.0.ffn_down.weight"])[:, : ODD.n_ff] - want) ** 2
+        ).sum()
+        for path in (led, plain)
+    ]
+    assert errors[0] < errors[1]
+    notes = {t.name: t.note for t in plan_file(source, "q4_0", options)}
+    assert notes["v.blk.0.ffn_down.weight"] == ""
+    assert notes["v.blk.1.ffn_down.weight"] == "not in the imatrix"
+
+
+def test_imatrix_of_another_model(tmp_path: Path, imatrix: Path) -> None:
+    (tmp_path / "in").mkdir()
+    source = tiny_gguf.write_mmproj(tmp_path / "in" / "in.gguf", ODD)
+    options = QuantizeOptions(imatrix=imatrix)
+    with pytest.raises(ModelFileError, match=r"demo-imatrix\.gguf: belongs to another model"):
+        quantize_file(source, tmp_path / "out.gguf", "q4_0", options)
+    assert not (tmp_path / "out.gguf").exists()
+    result = run(source, tmp_path, "--q4_0", "--imatrix", DEMO.text)
+    assert result.returncode == 1
+    assert "is no importance matrix" in result.stderr
+
+
+def test_command_tells_of_matrices_without_importance(tmp_path: Path) -> None:
+    inputs = {"blk.0.attn_q.weight": Inputs(np.ones(256, np.float32), 1)}  # as llama.cpp's own
+    Imatrix(inputs, ("wiki",), 1, 512).write(tmp_path / "text-imatrix.gguf")
+    result = run("demo", tmp_path, "--q4_0", "--imatrix", tmp_path / "text-imatrix.gguf")
+    assert result.returncode == 0
+    assert re.search(r"says nothing of \d+ matrices; their columns count alike", result.stderr)
 
 
 # --- what is wrong --------------------------------------------------------------------------------
