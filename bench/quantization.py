@@ -15,7 +15,6 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import click
 from full_size import commit, in_child, machine, measure, write_photo
@@ -59,17 +58,19 @@ def main(
         started = time.perf_counter()
         builds.append(_quantize(source, scratch / recipe, recipe, imatrix, threads))
         seconds.append(round(time.perf_counter() - started, 1))
+    # Before the losses: a child's peak memory is at least what its parent has had.
+    speeds = [
+        in_child(measure, files.text, files.mmproj, photo, repeats, threads, "cpu")
+        for files in builds
+    ]
     pictures = find_pictures(images) if images else None
     exam = read_questions(questions) if questions else ()
     losses = compare_models(
         source, builds[1:], pictures, questions=exam, device="cpu", n_threads=threads
     )
-    for recipe, files, took, loss in zip(
-        ["f16", *recipes.split(",")], builds, seconds, losses, strict=True
+    for recipe, took, speed, loss in zip(
+        ["f16", *recipes.split(",")], seconds, speeds, losses, strict=True
     ):
-        speed: dict[str, Any] = in_child(
-            measure, files.text, files.mmproj, photo, repeats, threads, "cpu"
-        )
         record = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": commit(),
