@@ -167,7 +167,7 @@ def read_questions(path: Path) -> list[ExamQuestion]:
     The pictures' paths are relative to the file. Raises OptionError, which names the line.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")  # a text may hold other line ends
     except (OSError, ValueError) as exc:
         raise OptionError(f"{path}: cannot be read ({getattr(exc, 'strerror', exc)})") from exc
     questions = []
