@@ -687,7 +687,15 @@ def _free_all(owned: list[Any]) -> None:
 
 @functools.cache
 def _initialise_backend() -> None:
-    """Once in the process. llama_cpp printed llama.cpp's log; our sink keeps its errors instead."""
+    """Once in the process."""
+    _collect_log()
+    llama_cpp.llama_backend_init()
+
+
+def _collect_log() -> None:
+    """Importing llama_cpp made it print llama.cpp's log and ggml's; our sink keeps the errors."""
     sink = ctypes.cast(log_sink_address(), llama_cpp.llama_log_callback)
     llama_cpp.llama_log_set(sink, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
+
+
+_collect_log()
