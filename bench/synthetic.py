@@ -1,13 +1,15 @@
 """Write a model with the published sizes and random weights, to measure speed and memory with.
 
-    python bench/synthetic.py OUT_DIR [--layout siglip|clip|both] [--seed N]
+    python bench/synthetic.py OUT_DIR [--layout siglip|clip|both] [--weights normal|trained]
+                              [--seed N]
 
     OUT_DIR/synthetic-F16.gguf                 language model, about 994 MB
     OUT_DIR/siglip/mmproj-synthetic-F16.gguf   the published layout, about 957.5 MB
     OUT_DIR/clip/mmproj-synthetic-F16.gguf     ours, made of the former by `convert_mmproj`
 
 Its answers are noise. The numbers below are the published model's; the same seed gives the same
-bytes.
+bytes. `--weights normal` is enough for speed and memory. What quantization costs depends on how
+weights are distributed: `trained` gives them what bench/trained_weights.py says of trained ones.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as GGMLType
 from gguf import GGUFWriter, LlamaFileType, TokenType
+from trained_weights import Trained
 
 from omnivlm_edge.convert import convert_mmproj
 from omnivlm_edge.convert.config import TextConfig
@@ -79,18 +82,26 @@ WORDS = (
 @click.command()
 @click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--layout", type=click.Choice(["siglip", "clip", "both"]), default="both")
+@click.option(
+    "--weights", type=click.Choice(["normal", "trained"]), default="normal", show_default=True
+)
 @click.option("--seed", type=int, default=0, show_default=True)
-def main(out_dir: Path, layout: str, seed: int) -> None:
+def main(out_dir: Path, layout: str, weights: str, seed: int) -> None:
     """Write the synthetic model into OUT_DIR."""
-    publish([text_file(out_dir / "synthetic-F16.gguf", seed)])
+    source = (
+        Trained(seed, dict(published_tensors()), VISION_HEADS, TEXT.layers)
+        if weights == "trained"
+        else Noise(seed)
+    )
+    publish([text_file(out_dir / "synthetic-F16.gguf", source, seed)])
     name = "mmproj-synthetic-F16.gguf"
     if layout != "clip":
-        publish([published_mmproj(out_dir / "siglip" / name, seed)])
+        publish([published_mmproj(out_dir / "siglip" / name, source)])
     if layout == "both":
         convert_mmproj(out_dir / "siglip" / name, out_dir / "clip")
     if layout == "clip":
         with tempfile.TemporaryDirectory(dir=out_dir) as scratch:
-            publish([published_mmproj(Path(scratch) / name, seed)])
+            publish([published_mmproj(Path(scratch) / name, source)])
             convert_mmproj(Path(scratch) / name, out_dir / "clip")
 
 
@@ -140,13 +151,12 @@ class Noise:
 # ---- the published mmproj -----------------------------------------------------------------------
 
 
-def published_mmproj(path: Path, seed: int) -> OutFile:
-    noise = Noise(seed)
+def published_mmproj(path: Path, weights: Noise | Trained) -> OutFile:
     planned = []
     for name, shape in published_tensors():
         # Its converter halved what is 4-D, or 2-D and called ".weight".
         halved = len(shape) == 4 or (len(shape) == 2 and name.endswith(".weight"))
-        planned.append(noise.plan(name, shape, GGMLType.F16 if halved else GGMLType.F32))
+        planned.append(weights.plan(name, shape, GGMLType.F16 if halved else GGMLType.F32))
     return OutFile(path, PUBLISHED_ARCHITECTURE, _add_published_keys, planned)
 
 
@@ -207,10 +217,9 @@ def _add_published_keys(writer: GGUFWriter) -> None:
 # ---- the language model -------------------------------------------------------------------------
 
 
-def text_file(path: Path, seed: int) -> OutFile:
-    noise = Noise(seed)
+def text_file(path: Path, weights: Noise | Trained, seed: int) -> OutFile:
     planned = [
-        noise.plan(rule.target, rule.shape, storage_type(rule.shape, "f16"))
+        weights.plan(rule.target, rule.shape, storage_type(rule.shape, "f16"))
         for rule in text_rules(TEXT, head=False)
     ]
     embeddings = planned[0]

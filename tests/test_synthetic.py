@@ -11,7 +11,7 @@ import synthetic  # noqa: E402
 
 
 def test_published_mmproj() -> None:
-    file = synthetic.published_mmproj(Path("mmproj.gguf"), seed=0)
+    file = synthetic.published_mmproj(Path("mmproj.gguf"), synthetic.Noise(0))
     assert len(file.tensors) == 452
     assert file.nbytes == 957_534_720
     parameters = sum(
@@ -21,7 +21,7 @@ def test_published_mmproj() -> None:
 
 
 def test_text_file() -> None:
-    file = synthetic.text_file(Path("text.gguf"), seed=0)
+    file = synthetic.text_file(Path("text.gguf"), synthetic.Noise(0), seed=0)
     assert len(file.tensors) == 290
     parameters = sum(
         tensor.nbytes // (2 if tensor.type.name == "F16" else 4) for tensor in file.tensors
