@@ -201,7 +201,8 @@ def test_text_metadata_and_types(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "cosine", "size"),
-    [("q8_0", 0.9995, 0.56), ("q4_k_m", 0.995, 0.33), ("q4_0", 0.99, 0.33)],
+    # The demo's projector, which q4_k_m gives 5 and 8 bits, is a quarter of its vision file.
+    [("q8_0", 0.9995, 0.56), ("q4_k_m", 0.995, 0.35), ("q4_0", 0.99, 0.33)],
 )
 def test_the_demo_model_still_answers(
     tmp_path: Path, name: str, cosine: float, size: float
