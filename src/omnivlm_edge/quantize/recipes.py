@@ -37,9 +37,9 @@ class Recipe:
 
 # The _m recipes spend about 10 MB where a byte helps most. Measured on the demo's held-out scenes
 # with one group of matrices in Q4_K and the others in Q8_0 (`quantize --q8_0 --tensor-type
-# 'mm\.2=q4_k'`, then `compare`), the relative error of the image embeddings is 0.052 for mm.2, 0.037
-# for mm.0 and 0.021 to 0.030 for each group of the tower's; all in Q8_0: 0.010. In the text model,
-# keys and values in Q8_0 nearly halve the KL divergence of the 4-bit file.
+# 'mm\.2=q4_k'`, then `compare`), the relative error of the image embeddings is 0.052 for mm.2,
+# 0.037 for mm.0 and 0.021 to 0.030 for each group of the tower's; all in Q8_0: 0.010. In the text
+# model, keys and values in Q8_0 nearly halve the KL divergence of the 4-bit file.
 _PROJECTOR = (r"^mm\.2\.", "Q8_0"), (r"^mm\.0\.", "Q5_K")
 _KEYS_VALUES = ((r"attn_[kv]\.", "Q8_0"),)
 
