@@ -24,9 +24,11 @@ class Vision:
         path: Path,
         device: Device,
         n_threads: int,
+        precision: str = "auto",
+        low_memory: bool = False,
         collector: ImportanceCollector | None = None,
     ) -> None:
-        self._encoder = VisionEncoder(os.fsencode(path), device.name, n_threads)
+        self._encoder = VisionEncoder(os.fsencode(path), device.name, n_threads, precision, low_memory)
         self._collector = collector
 
     @property

@@ -1,0 +1,632 @@
+// Everything around the micro-kernels, written once and compiled in each instruction set's source file with its own
+// compiler flags. Nothing in here may be visible outside that file, and nothing from the standard library that
+// the linker might share with other files may be called: it would carry instructions that the machine lacks.
+//
+// Isa provides:  Int8, Bf16, F32   dot products of one step (see tile.h)
+//                INT8_MAX_ROW      largest quantised activation: 255, or 127 where products would saturate
+//                INT8_ROW_BIAS     128 where the instruction wants signed activations, else 0
+//                kernels of MicroKernel type: int8(), bf16(), f32()
+
+#pragma once
+
+#include "kernel.h"
+
+#include <cstring>
+
+namespace omnivlm {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+using Floats        = float __attribute__((vector_size(4 * LANES)));
+using Ints          = int32_t __attribute__((vector_size(4 * LANES)));
+using Words         = uint32_t __attribute__((vector_size(4 * LANES)));
+using Bytes         = uint8_t __attribute__((vector_size(LANES)));
+
+#define OMNIVLM_INLINE static inline __attribute__((always_inline))
+
+OMNIVLM_INLINE Floats load(const float * p) {
+    Floats v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+OMNIVLM_INLINE Ints load(const int32_t * p) {
+    Ints v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class Vector> OMNIVLM_INLINE void store(void * p, const Vector & v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+
+OMNIVLM_INLINE Floats splat(float x) {
+    return Floats{} + x;
+}
+
+template <class To, class From> OMNIVLM_INLINE To bits(const From & from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    __builtin_memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+// The comparisons keep a NaN in `a`.
+OMNIVLM_INLINE Floats at_least(Floats a, Floats least) {
+    return a < least ? least : a;
+}
+
+OMNIVLM_INLINE Floats at_most(Floats a, Floats most) {
+    return a > most ? most : a;
+}
+
+OMNIVLM_INLINE Floats abs(Floats a) {
+    return bits<Floats>(bits<Words>(a) & 0x7fffffffU);
+}
+
+template <class Combine> OMNIVLM_INLINE float reduce(Floats v, Combine combine) {
+    float lanes[LANES];
+    store(lanes, v);
+    float result = lanes[0];
+    for (int i = 1; i < LANES; i++) {
+        result = combine(result, lanes[i]);
+    }
+    return result;
+}
+
+OMNIVLM_INLINE float sum_of(Floats v) {
+    return reduce(v, [](float a, float b) { return a + b; });
+}
+
+OMNIVLM_INLINE float smallest_of(Floats v) {
+    return reduce(v, [](float a, float b) { return a < b ? a : b; });
+}
+
+OMNIVLM_INLINE float largest_of(Floats v) {
+    return reduce(v, [](float a, float b) { return a > b ? a : b; });
+}
+
+OMNIVLM_INLINE int64_t round_up(int64_t n, int64_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
+
+// 2^t; a NaN stays one. Taylor series around the nearest whole number: relative error below 3e-7.
+OMNIVLM_INLINE Floats exp2(Floats t) {
+    constexpr float TO_WHOLE = 12582912.0F;  // 1.5 * 2^23: adding it leaves no fraction bits
+    t                        = at_most(at_least(t, splat(-126.0F)), splat(126.0F));
+    const Floats whole       = (t + TO_WHOLE) - TO_WHOLE;
+    const Floats f           = t - whole;
+    Floats       p           = splat(1.5403530e-4F);
+    p                        = p * f + 1.3333558e-3F;
+    p                        = p * f + 9.6181291e-3F;
+    p                        = p * f + 5.5504109e-2F;
+    p                        = p * f + 2.4022651e-1F;
+    p                        = p * f + 6.9314718e-1F;
+    p                        = p * f + 1.0F;
+    return p * bits<Floats>((__builtin_convertvector(whole, Ints) + 127) << 23);
+}
+
+constexpr float LOG2_E = 1.44269504F;
+
+// x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2  =  x / (1 + exp(-2 sqrt(2/pi) (x + 0.044715 x^3)))
+OMNIVLM_INLINE Floats gelu_tanh(Floats x) {
+    constexpr float C = -2.0F * 0.79788456F * LOG2_E;
+    return x / (exp2(C * x * (0.044715F * x * x + 1.0F)) + 1.0F);
+}
+
+// x (1 + erf(x / sqrt 2)) / 2, erf by Abramowitz and Stegun 7.1.26: absolute error below 2e-7.
+OMNIVLM_INLINE Floats gelu_erf(Floats x) {
+    const Floats z    = abs(x) * 0.70710678F;
+    const Floats t    = 1.0F / (z * 0.3275911F + 1.0F);
+    Floats       p    = splat(1.061405429F);
+    p                 = p * t - 1.453152027F;
+    p                 = p * t + 1.421413741F;
+    p                 = p * t - 0.284496736F;
+    p                 = p * t + 0.254829592F;
+    const Floats tail = 0.5F * p * t * exp2(z * z * -LOG2_E);  // (1 - erf(z)) / 2
+    return x * (x < 0.0F ? tail : 1.0F - tail);
+}
+
+// To the nearest, ties to even; NaNs become one that no carry can turn into a number. In the upper half of each word.
+OMNIVLM_INLINE Words to_bf16(Floats x) {
+    const Words b       = bits<Words>(x);
+    const Words rounded = b + 0x7fffU + ((b >> 16) & 1U);
+    return (x == x ? rounded : Words{} + 0x7fc00000U) & 0xffff0000U;
+}
+
+// The last of a row's values may fill a vector only in part: the rest repeats the first, which changes no extreme.
+OMNIVLM_INLINE Floats load_part(const float * x, int64_t n) {
+    Floats v = splat(x[0]);
+    __builtin_memcpy(&v, x, static_cast<size_t>(n) * sizeof(float));
+    return v;
+}
+
+template <class Each> OMNIVLM_INLINE void for_vectors(const float * x, int64_t n, Each each) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        each(i, load(x + i));
+    }
+    if (i < n) {
+        each(i, load_part(x + i, n - i));
+    }
+}
+
+// The first n bytes of `v`.
+OMNIVLM_INLINE void store_part(char * p, const void * v, int64_t n) {
+    __builtin_memcpy(p, v, static_cast<size_t>(n));
+}
+
+template <class Isa> struct Loops {
+    static MicroKernel micro(Operand operand) {
+        return operand == Operand::INT8 ? Isa::int8() : operand == Operand::BF16 ? Isa::bf16() : Isa::f32();
+    }
+
+    // ---- rows of activations -------------------------------------------------------------------
+
+    static void write_row(const Packing & p, const float * x, const NormWeights * norm, float * scratch, char * row) {
+        if (norm != nullptr) {
+            layer_norm(x, p.n_in, *norm, scratch);
+            x = scratch;
+        }
+        if (p.operand == Operand::INT8) {
+            write_int8_row(p, x, row);
+        } else {
+            write_float_row(p, x, row);
+        }
+    }
+
+    static void layer_norm(const float * x, int64_t n, const NormWeights & norm, float * y) {
+        const int64_t whole = n / LANES * LANES;
+        Floats        sums  = {};
+        float         rest  = 0.0F;
+        for (int64_t i = 0; i < whole; i += LANES) {
+            sums += load(x + i);
+        }
+        for (int64_t i = whole; i < n; i++) {
+            rest += x[i];
+        }
+        const float mean = (sum_of(sums) + rest) / static_cast<float>(n);
+        sums             = Floats{};
+        rest             = 0.0F;
+        for (int64_t i = 0; i < whole; i += LANES) {
+            const Floats d = load(x + i) - mean;
+            sums += d * d;
+        }
+        for (int64_t i = whole; i < n; i++) {
+            rest += (x[i] - mean) * (x[i] - mean);
+        }
+        const float deviation = __builtin_sqrtf((sum_of(sums) + rest) / static_cast<float>(n) + norm.eps);
+        const float factor    = 1.0F / deviation;
+        for (int64_t i = 0; i < whole; i += LANES) {
+            store(y + i, (load(x + i) - mean) * factor * load(norm.weight + i) + load(norm.bias + i));
+        }
+        for (int64_t i = whole; i < n; i++) {
+            y[i] = (x[i] - mean) * factor * norm.weight[i] + norm.bias[i];
+        }
+    }
+
+    static void write_float_row(const Packing & p, const float * x, char * row) {
+        const int64_t size = p.value_bytes();
+        for_vectors(x, p.n_in, [&](int64_t i, Floats v) {
+            const int64_t n = p.n_in - i < LANES ? p.n_in - i : LANES;
+            if (p.operand == Operand::BF16) {
+                using Halves        = uint16_t __attribute__((vector_size(2 * LANES)));
+                const Halves halves = __builtin_convertvector(to_bf16(v) >> 16, Halves);
+                store_part(row + i * size, &halves, n * size);
+            } else {
+                store_part(row + i * size, &v, n * size);
+            }
+        });
+        __builtin_memset(row + p.n_in * size, 0, static_cast<size_t>((p.n_padded() - p.n_in) * size));
+    }
+
+    static void write_int8_row(const Packing & p, const float * x, char * row) {
+        auto * scale  = reinterpret_cast<float *>(row + p.row_values_bytes());
+        float * offset = scale + p.n_blocks;
+        for (int64_t b = 0; b < p.n_blocks; b++) {
+            const int64_t first = b * p.block;
+            const int64_t left  = p.n_in - first < 0 ? 0 : p.n_in - first;
+            const int64_t n     = left < p.block ? left : p.block;
+            char *        out   = row + first;
+            if (n == 0) {
+                __builtin_memset(out, 0, static_cast<size_t>(p.block));
+                scale[b] = offset[b] = 0.0F;
+                continue;
+            }
+            Floats least  = splat(x[first]);
+            Floats most   = least;
+            Floats poison = {};  // becomes NaN by a NaN or an infinity, and stays 0 otherwise
+            for_vectors(x + first, n, [&](int64_t, Floats v) {
+                least = v < least ? v : least;
+                most  = v > most ? v : most;
+                poison += v * 0.0F;
+            });
+            const float low   = smallest_of(least);
+            const float range = largest_of(most) - low;
+            const float step  = range / Isa::INT8_MAX_ROW;
+            const float up    = range > 0.0F ? Isa::INT8_MAX_ROW / range : 0.0F;
+            for_vectors(x + first, n, [&](int64_t i, Floats v) {
+                const Floats quantised = at_most((v - low) * up + 0.5F, splat(Isa::INT8_MAX_ROW));
+                const Ints   whole     = __builtin_convertvector(quantised, Ints) - Isa::INT8_ROW_BIAS;
+                const Bytes  bytes     = __builtin_convertvector(whole, Bytes);
+                store_part(out + i, &bytes, n - i < LANES ? n - i : LANES);
+            });
+            __builtin_memset(out + n, 0, static_cast<size_t>(p.block - n));
+            scale[b]  = step + sum_of(poison);
+            offset[b] = low + step * static_cast<float>(Isa::INT8_ROW_BIAS);
+        }
+    }
+
+    // ---- panels of weights ---------------------------------------------------------------------
+
+    // Row j's words of 4 bytes go to every nr-th place of the panel.
+    static void scatter(const Packing & p, const char * row, int j, char * panel) {
+        const int64_t per_step = p.kp * p.value_bytes() / 4;
+        const int64_t n_steps  = p.n_padded() / p.kp;
+        char *        out      = panel + j * per_step * 4;
+        for (int64_t s = 0; s < n_steps; s++) {
+            __builtin_memcpy(out + s * p.nr * per_step * 4, row + s * per_step * 4, static_cast<size_t>(per_step) * 4);
+        }
+    }
+
+    static void write_panel(const Packing & p, const float * rows, int64_t stride, int n_valid, float * scratch,
+                            char * panel) {
+        __builtin_memset(panel, 0, p.panel_bytes());
+        char * row   = reinterpret_cast<char *>(scratch);
+        auto * scale = reinterpret_cast<float *>(panel + p.panel_values_bytes());
+        float * sum  = scale + p.n_blocks * p.nr;
+        for (int j = 0; j < n_valid; j++) {
+            const float * x = rows + j * stride;
+            if (p.operand != Operand::INT8) {
+                write_float_row(p, x, row);
+                scatter(p, row, j, panel);
+                continue;
+            }
+            for (int64_t b = 0; b < p.n_blocks; b++) {
+                const int64_t first = b * p.block;
+                const int64_t left  = p.n_in - first < 0 ? 0 : p.n_in - first;
+                const int64_t n     = left < p.block ? left : p.block;
+                write_int8_block(x + first, n, p.block, row + first, scale[b * p.nr + j], sum[b * p.nr + j]);
+            }
+            scatter(p, row, j, panel);
+        }
+    }
+
+    static void write_int8_block(const float * x, int64_t n, int64_t block, char * out, float & scale, float & sum) {
+        Floats most   = {};
+        Floats poison = {};
+        if (n > 0) {
+            for_vectors(x, n, [&](int64_t, Floats v) {
+                const Floats size = abs(v);
+                most              = size > most ? size : most;
+                poison += v * 0.0F;
+            });
+        }
+        const float largest = largest_of(most);
+        const float up      = largest > 0.0F ? 127.0F / largest : 0.0F;
+        scale               = largest / 127.0F + sum_of(poison);
+        Ints sums           = {};
+        if (n > 0) {
+            for_vectors(x, n, [&](int64_t i, Floats v) {
+                // Above 0 so that cutting the fraction off rounds to the nearest.
+                Ints whole = __builtin_convertvector(at_least(at_most(v * up, splat(127.0F)), splat(-127.0F)) + 128.5F, Ints);
+                whole -= 128;
+                if (n - i < LANES) {
+                    for (int64_t lane = n - i; lane < LANES; lane++) {
+                        whole[lane] = 0;
+                    }
+                }
+                sums += whole;
+                const Bytes bytes = __builtin_convertvector(whole, Bytes);
+                store_part(out + i, &bytes, n - i < LANES ? n - i : LANES);
+            });
+        }
+        __builtin_memset(out + n, 0, static_cast<size_t>(block - n));
+        int32_t total = 0;
+        for (int i = 0; i < LANES; i++) {
+            total += sums[i];
+        }
+        sum = scale * static_cast<float>(total);
+    }
+
+    // ---- products ------------------------------------------------------------------------------
+
+    static constexpr int MAX_MR = 16;
+    static constexpr int MAX_NR = 64;
+
+    // One tile of a product, scales applied: [mr][nr].
+    OMNIVLM_INLINE void product(const Packing & p, const MicroKernel & kernel, const char * rows, const char * panel,
+                                float * tile) {
+        const size_t row_bytes = p.row_bytes();
+        if (p.operand != Operand::INT8) {
+            kernel.run(rows, row_bytes, panel, p.n_padded() / p.kp, tile);
+            return;
+        }
+        alignas(64) int32_t whole[MAX_MR * MAX_NR];
+        const auto *        scale = reinterpret_cast<const float *>(panel + p.panel_values_bytes());
+        const float *       sum   = scale + p.n_blocks * p.nr;
+        for (int64_t b = 0; b < p.n_blocks; b++) {
+            kernel.run(rows + b * p.block, row_bytes, panel + b * p.block * p.nr, p.block / p.kp, whole);
+            for (int r = 0; r < p.mr; r++) {
+                const auto * row_scale  = reinterpret_cast<const float *>(rows + static_cast<size_t>(r) * row_bytes + p.row_values_bytes());
+                const float  a          = row_scale[b];
+                const float  offset     = row_scale[p.n_blocks + b];
+                for (int j = 0; j < p.nr; j += LANES) {
+                    const Floats products = __builtin_convertvector(load(whole + r * p.nr + j), Floats);
+                    const Floats value    = products * (load(scale + b * p.nr + j) * a) + load(sum + b * p.nr + j) * offset;
+                    float *      out      = tile + r * p.nr + j;
+                    store(out, b == 0 ? value : load(out) + value);
+                }
+            }
+        }
+    }
+
+    static void linear(const LinearTask & task, int64_t panel, int64_t row_begin, int64_t row_end) {
+        switch (task.epilogue) {
+        case Epilogue::NONE:
+            return linear_with<Epilogue::NONE>(task, panel, row_begin, row_end);
+        case Epilogue::GELU_TANH:
+            return linear_with<Epilogue::GELU_TANH>(task, panel, row_begin, row_end);
+        case Epilogue::GELU_ERF:
+            return linear_with<Epilogue::GELU_ERF>(task, panel, row_begin, row_end);
+        case Epilogue::RESIDUAL:
+            return linear_with<Epilogue::RESIDUAL>(task, panel, row_begin, row_end);
+        }
+    }
+
+    template <Epilogue EPILOGUE>
+    static void linear_with(const LinearTask & task, int64_t panel, int64_t row_begin, int64_t row_end) {
+        const Packing &   p      = task.packing;
+        const MicroKernel kernel = micro(p.operand);
+        const char *      data   = task.panels + static_cast<size_t>(panel) * p.panel_bytes();
+        const int64_t     column = panel * p.nr;
+        const int64_t     n      = task.n_out - column < p.nr ? task.n_out - column : p.nr;
+        alignas(64) float tile[MAX_MR * MAX_NR];
+        alignas(64) float bias[MAX_NR] = {};
+        __builtin_memcpy(bias, task.bias + column, static_cast<size_t>(n) * sizeof(float));
+        for (int64_t row = row_begin; row < row_end; row += p.mr) {
+            product(p, kernel, task.rows + static_cast<size_t>(row) * p.row_bytes(), data, tile);
+            const int64_t n_rows = row_end - row < p.mr ? row_end - row : p.mr;
+            for (int64_t r = 0; r < n_rows; r++) {
+                const int64_t at = (row + r) * task.n_out + column;
+                for (int64_t j = 0; j < n; j += LANES) {
+                    Floats        v    = load(tile + r * p.nr + j) + load(bias + j);
+                    const int64_t size = n - j < LANES ? n - j : LANES;
+                    if (EPILOGUE == Epilogue::GELU_TANH) {
+                        v = gelu_tanh(v);
+                    } else if (EPILOGUE == Epilogue::GELU_ERF) {
+                        v = gelu_erf(v);
+                    } else if (EPILOGUE == Epilogue::RESIDUAL) {
+                        v += size == LANES ? load(task.residual + at + j) : load_part(task.residual + at + j, size);
+                    }
+                    if (size == LANES) {
+                        store(task.out + at + j, v);
+                    } else {
+                        store_part(reinterpret_cast<char *>(task.out + at + j), &v, size * 4);
+                    }
+                }
+            }
+        }
+    }
+
+    // ---- attention -----------------------------------------------------------------------------
+    //
+    // Transposed, so that the softmax runs along the lanes of nr queries at once:
+    //   scores  [n_tokens][nr] = keys (rows)      times  a panel of nr queries
+    //   out^T   [d_head][nr]   = values^T (rows)  times  a panel of nr softmax columns
+
+    struct AttentionMemory {
+        Packing qk;      // over d_head
+        Packing pv;      // over n_tokens
+        char *  keys;    // rows [n_tokens, padded to mr]
+        char *  values;  // rows [d_head, padded to mr], transposed
+        char *  queries;  // a panel of qk
+        char *  weights;  // a panel of pv
+        float * sums;     // INT8: of a transposed row's quantised values, [d_head]
+        float * scores;   // [n_tokens, padded to mr][nr]
+        float * row;      // scratch of write_row and write_panel
+        float * mean;     // of the keys, [d_head]
+        size_t  bytes;
+    };
+
+    static Packing packing_of(Operand operand, int64_t n_in) {
+        const MicroKernel kernel = micro(operand);
+        return { operand, kernel.mr, kernel.nr, kernel.kp, n_in, round_up(n_in, kernel.kp), 1 };
+    }
+
+    static AttentionMemory attention_memory(const AttentionTask & task, char * base) {
+        AttentionMemory m{};
+        m.qk             = packing_of(task.operand, task.d_head);
+        m.pv             = packing_of(task.operand, task.n_tokens);
+        size_t     used  = 0;
+        const auto place = [&](int64_t bytes) {
+            char * at = base + used;
+            used += static_cast<size_t>(round_up(bytes, 64));
+            return at;
+        };
+        const int64_t n_keys   = round_up(task.n_tokens, m.qk.mr);
+        const int64_t n_values = round_up(task.d_head, m.pv.mr);
+        m.keys                 = place(n_keys * static_cast<int64_t>(m.qk.row_bytes()));
+        m.values               = place(n_values * static_cast<int64_t>(m.pv.row_bytes()));
+        m.queries              = place(static_cast<int64_t>(m.qk.panel_bytes()));
+        m.weights              = place(static_cast<int64_t>(m.pv.panel_bytes()));
+        m.sums                 = reinterpret_cast<float *>(place(n_values * 4));
+        m.scores               = reinterpret_cast<float *>(place((n_keys + m.pv.kp) * m.qk.nr * 4));
+        m.row                  = reinterpret_cast<float *>(place((m.pv.n_padded() + m.qk.n_padded()) * 4 * LANES));
+        m.mean                 = reinterpret_cast<float *>(place(round_up(task.d_head, LANES) * 4));
+        m.bytes                = used;
+        return m;
+    }
+
+    static size_t attention_scratch_bytes(const AttentionTask & task) { return attention_memory(task, nullptr).bytes; }
+
+    static void attention(const AttentionTask & task, int64_t query_begin, int64_t query_end, char * scratch) {
+        const AttentionMemory m = attention_memory(task, scratch);
+        write_keys(task, m);
+        write_values(task, m);
+        for (int64_t first = query_begin; first < query_end; first += m.qk.nr) {
+            const int64_t left = query_end - first;
+            attend(task, m, first, static_cast<int>(left < m.qk.nr ? left : m.qk.nr));
+        }
+    }
+
+    // Minus their mean: it adds the same to all scores of a query, which softmax does not see, and what is left
+    // is smaller and loses less when it is quantised.
+    static void write_keys(const AttentionTask & task, const AttentionMemory & m) {
+        __builtin_memset(m.mean, 0, static_cast<size_t>(task.d_head) * 4);
+        if (task.operand == Operand::INT8) {
+            for (int64_t t = 0; t < task.n_tokens; t++) {
+                for (int64_t d = 0; d < task.d_head; d++) {
+                    m.mean[d] += task.k[t * task.stride + d];
+                }
+            }
+            for (int64_t d = 0; d < task.d_head; d++) {
+                m.mean[d] /= static_cast<float>(task.n_tokens);
+            }
+        }
+        for (int64_t t = 0; t < task.n_tokens; t++) {
+            for (int64_t d = 0; d < task.d_head; d++) {
+                m.row[d] = task.k[t * task.stride + d] - m.mean[d];
+            }
+            write_row(m.qk, m.row, nullptr, nullptr, m.keys + static_cast<size_t>(t) * m.qk.row_bytes());
+        }
+    }
+
+    static void write_values(const AttentionTask & task, const AttentionMemory & m) {
+        const int64_t n = task.n_tokens;
+        for (int64_t first = 0; first < task.d_head; first += LANES) {
+            const int64_t count = task.d_head - first < LANES ? task.d_head - first : LANES;
+            for (int64_t t = 0; t < n; t++) {
+                for (int64_t d = 0; d < count; d++) {
+                    m.row[d * n + t] = task.v[t * task.stride + first + d];
+                }
+            }
+            for (int64_t d = 0; d < count; d++) {
+                char * row = m.values + static_cast<size_t>(first + d) * m.pv.row_bytes();
+                write_row(m.pv, m.row + d * n, nullptr, nullptr, row);
+                if (task.operand == Operand::INT8) {
+                    m.sums[first + d] = sum_of_row(row, n);
+                }
+            }
+        }
+    }
+
+    static float sum_of_row(const char * row, int64_t n) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < n; i++) {
+            sum += Isa::INT8_ROW_BIAS != 0 ? static_cast<int32_t>(static_cast<signed char>(row[i])) :
+                                             static_cast<int32_t>(static_cast<unsigned char>(row[i]));
+        }
+        return static_cast<float>(sum);
+    }
+
+    static void attend(const AttentionTask & task, const AttentionMemory & m, int64_t first, int n_valid) {
+        const MicroKernel kernel = micro(task.operand);
+        const int         nr     = m.qk.nr;
+        write_panel(m.qk, task.q + first * task.stride, task.stride, n_valid, m.row, m.queries);
+
+        Floats most[MAX_NR / LANES];
+        for (int j = 0; j < nr / LANES; j++) {
+            most[j] = splat(-__builtin_inff());
+        }
+        for (int64_t t = 0; t < task.n_tokens; t += m.qk.mr) {
+            float * tile = m.scores + t * nr;
+            product(m.qk, kernel, m.keys + static_cast<size_t>(t) * m.qk.row_bytes(), m.queries, tile);
+            const int64_t n_rows = task.n_tokens - t < m.qk.mr ? task.n_tokens - t : m.qk.mr;
+            for (int64_t r = 0; r < n_rows; r++) {
+                for (int j = 0; j < nr / LANES; j++) {
+                    const Floats s = load(tile + r * nr + j * LANES);
+                    most[j]        = s > most[j] ? s : most[j];
+                }
+            }
+        }
+
+        alignas(64) float totals[MAX_NR];
+        for (int j = 0; j < nr / LANES; j++) {
+            store(totals + j * LANES, softmax(task, m, j * LANES, most[j]));
+        }
+
+        alignas(64) int32_t whole[MAX_MR * MAX_NR];
+        for (int64_t d = 0; d < task.d_head; d += m.pv.mr) {
+            kernel.run(m.values + static_cast<size_t>(d) * m.pv.row_bytes(), m.pv.row_bytes(), m.weights,
+                       m.pv.n_padded() / m.pv.kp, whole);
+            const int64_t n_rows = task.d_head - d < m.pv.mr ? task.d_head - d : m.pv.mr;
+            for (int64_t r = 0; r < n_rows; r++) {
+                alignas(64) float column[MAX_NR];
+                for (int j = 0; j < nr; j += LANES) {
+                    store(column + j, weighted_mean(m, whole + r * nr + j, d + r, load(totals + j)));
+                }
+                for (int i = 0; i < n_valid; i++) {
+                    task.out[(first + i) * task.stride + d + r] = column[i];
+                }
+            }
+        }
+    }
+
+    // Softmax weights of 16 queries into the panel, unnormalised: at most 1, or 255 in INT8. Returns their sums.
+    static Floats softmax(const AttentionTask & task, const AttentionMemory & m, int lane, Floats most) {
+        const float   to_log2  = task.scale * LOG2_E;
+        const int     nr       = m.qk.nr;
+        const int     kp       = m.pv.kp;
+        const int64_t n_words  = kp * m.pv.value_bytes() / 4;
+        const int64_t per_word = kp / n_words;
+        Floats        total    = {};
+        for (int64_t t = 0; t < m.pv.n_padded(); t += kp) {
+            for (int64_t w = 0; w < n_words; w++) {
+                Words word = {};
+                for (int64_t i = 0; i < per_word; i++) {
+                    const int64_t key = t + w * per_word + i;
+                    if (key >= task.n_tokens) {
+                        break;
+                    }
+                    const Floats e = exp2((load(m.scores + key * nr + lane) - most) * to_log2);
+                    if (task.operand == Operand::INT8) {
+                        const Ints q = __builtin_convertvector(e * 255.0F + 0.5F, Ints);
+                        total += e == e ? __builtin_convertvector(q, Floats) : e;
+                        word |= (bits<Words>(q - 128) & 0xffU) << static_cast<uint32_t>(8 * i);
+                    } else if (task.operand == Operand::BF16) {
+                        const Words half = to_bf16(e);
+                        total += bits<Floats>(half);
+                        word |= i == 0 ? half >> 16 : half;
+                    } else {
+                        total += e;
+                        word = bits<Words>(e);
+                    }
+                }
+                auto * out = reinterpret_cast<uint32_t *>(m.weights) + (t / kp * nr + lane) * n_words + w;
+                if (n_words == 1) {
+                    store(out, word);
+                } else {
+                    for (int i = 0; i < LANES; i++) {
+                        out[i * n_words] = word[i];
+                    }
+                }
+            }
+        }
+        return total;
+    }
+
+    OMNIVLM_INLINE Floats weighted_mean(const AttentionMemory & m, const int32_t * products, int64_t d, Floats total) {
+        if (m.pv.operand != Operand::INT8) {
+            return bits<Floats>(load(products)) / total;
+        }
+        // The weights in the panel are 128 less than they stand for.
+        const auto * scale    = reinterpret_cast<const float *>(m.values + static_cast<size_t>(d) * m.pv.row_bytes() + m.pv.row_values_bytes());
+        const Floats weighted = __builtin_convertvector(load(products), Floats) + 128.0F * m.sums[d];
+        return weighted / total * scale[0] + scale[1];
+    }
+
+    static constexpr Kernels table(const char * name, bool (*supported)()) {
+        return { name,        supported,   { Isa::int8(), Isa::bf16(), Isa::f32() }, write_row, write_panel, linear,
+                 attention, attention_scratch_bytes };
+    }
+};
+
+}  // namespace
+}  // namespace omnivlm
