@@ -1,5 +1,7 @@
 #include "packed-weights.h"
 
+#include "ggml-cpu.h"
+
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -22,6 +24,17 @@ size_t floats_bytes(int64_t n) {
     return round_up(static_cast<size_t>(n) * sizeof(float), ALIGNMENT);
 }
 
+void to_float(const ggml_tensor * weight, const char * row, float * out, int64_t n) {
+    switch (weight->type) {
+    case GGML_TYPE_F16:  // the type's own to_float takes ten times as long
+        return ggml_cpu_fp16_to_fp32(reinterpret_cast<const ggml_fp16_t *>(row), out, n);
+    case GGML_TYPE_BF16:
+        return ggml_cpu_bf16_to_fp32(reinterpret_cast<const ggml_bf16_t *>(row), out, n);
+    default:
+        return ggml_get_type_traits(weight->type)->to_float(row, out, n);
+    }
+}
+
 }  // namespace
 
 AlignedMemory allocate_aligned(size_t bytes) {
@@ -40,7 +53,7 @@ AlignedMemory allocate_aligned(size_t bytes) {
 }
 
 size_t PackedShape::scratch_bytes() const {
-    return floats_bytes(packing.n_in * packing.nr) + floats_bytes(packing.n_padded());
+    return floats_bytes(packing.n_in * packing.nr) + packing.panel_scratch_bytes();
 }
 
 void write_panel(const Kernels & kernels, const PackedShape & shape, const ggml_tensor * weight, int64_t panel,
@@ -55,12 +68,12 @@ void write_panel(const Kernels & kernels, const PackedShape & shape, const ggml_
     if (weight->type == GGML_TYPE_F32) {
         rows = reinterpret_cast<const float *>(data);
     } else {
-        for (int64_t j = 0; j < n; j++) {  // row by row: the blocks of one type may be read past the last row
-            ggml_get_type_traits(weight->type)->to_float(data + static_cast<size_t>(j) * row_size, floats + j * p.n_in, p.n_in);
+        for (int64_t j = 0; j < n; j++) {
+            to_float(weight, data + static_cast<size_t>(j) * row_size, floats + j * p.n_in, p.n_in);
         }
     }
-    auto * row = reinterpret_cast<float *>(scratch + floats_bytes(p.n_in * p.nr));
-    kernels.write_panel(p, rows, p.n_in, static_cast<int>(n), row, panels + static_cast<size_t>(panel) * p.panel_bytes());
+    kernels.write_panel(p, rows, p.n_in, static_cast<int>(n), scratch + floats_bytes(p.n_in * p.nr),
+                        panels + static_cast<size_t>(panel) * p.panel_bytes());
 }
 
 PackedWeights::PackedWeights(const Kernels & kernels, const std::vector<Source> & sources, const MappedFile & file,

@@ -50,6 +50,7 @@ struct Packing {
     // A panel: values [steps][nr][kp], and for INT8 float scale[n_blocks][nr], scaled sum[n_blocks][nr].
     size_t panel_values_bytes() const;
     size_t panel_bytes() const;
+    size_t panel_scratch_bytes() const { return static_cast<size_t>(nr) * row_values_bytes(); }
 };
 
 // Weights and biases of a layer norm, [n_in] each.
@@ -93,8 +94,8 @@ struct Kernels {
     // x [n_in] -> one row of activations; normalised first, if `norm` is not null. scratch: n_padded floats.
     void (*write_row)(const Packing & packing, const float * x, const NormWeights * norm, float * scratch, char * row);
 
-    // Rows [n_valid <= nr][n_in], `stride` floats apart -> one panel. scratch: n_padded floats.
-    void (*write_panel)(const Packing & packing, const float * rows, int64_t stride, int n_valid, float * scratch,
+    // Rows [n_valid <= nr][n_in], `stride` floats apart -> one panel. scratch: packing.panel_scratch_bytes().
+    void (*write_panel)(const Packing & packing, const float * rows, int64_t stride, int n_valid, char * scratch,
                         char * panel);
 
     // One panel's columns of the rows from `row_begin` (a multiple of mr) to `row_end`.

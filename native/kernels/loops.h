@@ -112,6 +112,19 @@ OMNIVLM_INLINE Floats exp2(Floats t) {
     return p * bits<Floats>((__builtin_convertvector(whole, Ints) + 127) << 23);
 }
 
+// For results that are rounded to 8 bits: relative error below 1e-4, t at most 126.
+OMNIVLM_INLINE Floats exp2_rough(Floats t) {
+    constexpr float TO_WHOLE = 12582912.0F;
+    t                        = t < -126.0F ? splat(-126.0F) : t;
+    const Floats shifted     = t + TO_WHOLE;
+    const Floats f           = t - (shifted - TO_WHOLE);
+    Floats       p           = splat(5.5171e-2F);
+    p                        = p * f + 2.4261e-1F;
+    p                        = p * f + 6.9326e-1F;
+    p                        = p * f + 9.9993e-1F;
+    return bits<Floats>(bits<Words>(p) + (bits<Words>(shifted) << 23));  // the whole part is in its lowest bits
+}
+
 constexpr float LOG2_E = 1.44269504F;
 
 // x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2  =  x / (1 + exp(-2 sqrt(2/pi) (x + 0.044715 x^3)))
@@ -140,26 +153,37 @@ OMNIVLM_INLINE Words to_bf16(Floats x) {
     return (x == x ? rounded : Words{} + 0x7fc00000U) & 0xffff0000U;
 }
 
-// The last of a row's values may fill a vector only in part: the rest repeats the first, which changes no extreme.
 OMNIVLM_INLINE Floats load_part(const float * x, int64_t n) {
     Floats v = splat(x[0]);
     __builtin_memcpy(&v, x, static_cast<size_t>(n) * sizeof(float));
     return v;
 }
 
+// Vectors of the n values of x and how many of their lanes count. The last one overlaps the one before, so that all of
+// its lanes do; only a row shorter than a vector repeats its first value. `each` must bear to see a value twice.
 template <class Each> OMNIVLM_INLINE void for_vectors(const float * x, int64_t n, Each each) {
+    if (n < LANES) {
+        if (n > 0) {
+            each(int64_t{ 0 }, load_part(x, n), n);
+        }
+        return;
+    }
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        each(i, load(x + i));
+        each(i, load(x + i), int64_t{ LANES });
     }
     if (i < n) {
-        each(i, load_part(x + i, n - i));
+        each(n - LANES, load(x + n - LANES), int64_t{ LANES });
     }
 }
 
-// The first n bytes of `v`.
-OMNIVLM_INLINE void store_part(char * p, const void * v, int64_t n) {
-    __builtin_memcpy(p, v, static_cast<size_t>(n));
+// The first n lanes of `v`.
+template <class Vector> OMNIVLM_INLINE void store_part(void * p, const Vector & v, int64_t n) {
+    if (n == LANES) {
+        store(p, v);
+    } else {
+        __builtin_memcpy(p, &v, static_cast<size_t>(n) * sizeof v / LANES);
+    }
 }
 
 template <class Isa> struct Loops {
@@ -213,14 +237,12 @@ template <class Isa> struct Loops {
 
     static void write_float_row(const Packing & p, const float * x, char * row) {
         const int64_t size = p.value_bytes();
-        for_vectors(x, p.n_in, [&](int64_t i, Floats v) {
-            const int64_t n = p.n_in - i < LANES ? p.n_in - i : LANES;
+        for_vectors(x, p.n_in, [&](int64_t i, Floats v, int64_t n) {
             if (p.operand == Operand::BF16) {
-                using Halves        = uint16_t __attribute__((vector_size(2 * LANES)));
-                const Halves halves = __builtin_convertvector(to_bf16(v) >> 16, Halves);
-                store_part(row + i * size, &halves, n * size);
+                using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
+                store_part(row + i * size, __builtin_convertvector(to_bf16(v) >> 16, Halves), n);
             } else {
-                store_part(row + i * size, &v, n * size);
+                store_part(row + i * size, v, n);
             }
         });
         __builtin_memset(row + p.n_in * size, 0, static_cast<size_t>((p.n_padded() - p.n_in) * size));
@@ -242,7 +264,7 @@ template <class Isa> struct Loops {
             Floats least  = splat(x[first]);
             Floats most   = least;
             Floats poison = {};  // becomes NaN by a NaN or an infinity, and stays 0 otherwise
-            for_vectors(x + first, n, [&](int64_t, Floats v) {
+            for_vectors(x + first, n, [&](int64_t, Floats v, int64_t) {
                 least = v < least ? v : least;
                 most  = v > most ? v : most;
                 poison += v * 0.0F;
@@ -251,11 +273,10 @@ template <class Isa> struct Loops {
             const float range = largest_of(most) - low;
             const float step  = range / Isa::INT8_MAX_ROW;
             const float up    = range > 0.0F ? Isa::INT8_MAX_ROW / range : 0.0F;
-            for_vectors(x + first, n, [&](int64_t i, Floats v) {
+            for_vectors(x + first, n, [&](int64_t i, Floats v, int64_t count) {
                 const Floats quantised = at_most((v - low) * up + 0.5F, splat(Isa::INT8_MAX_ROW));
                 const Ints   whole     = __builtin_convertvector(quantised, Ints) - Isa::INT8_ROW_BIAS;
-                const Bytes  bytes     = __builtin_convertvector(whole, Bytes);
-                store_part(out + i, &bytes, n - i < LANES ? n - i : LANES);
+                store_part(out + i, __builtin_convertvector(whole, Bytes), count);
             });
             __builtin_memset(out + n, 0, static_cast<size_t>(p.block - n));
             scale[b]  = step + sum_of(poison);
@@ -265,74 +286,72 @@ template <class Isa> struct Loops {
 
     // ---- panels of weights ---------------------------------------------------------------------
 
-    // Row j's words of 4 bytes go to every nr-th place of the panel.
-    static void scatter(const Packing & p, const char * row, int j, char * panel) {
-        const int64_t per_step = p.kp * p.value_bytes() / 4;
-        const int64_t n_steps  = p.n_padded() / p.kp;
-        char *        out      = panel + j * per_step * 4;
-        for (int64_t s = 0; s < n_steps; s++) {
-            __builtin_memcpy(out + s * p.nr * per_step * 4, row + s * per_step * 4, static_cast<size_t>(per_step) * 4);
-        }
-    }
-
-    static void write_panel(const Packing & p, const float * rows, int64_t stride, int n_valid, float * scratch,
+    static void write_panel(const Packing & p, const float * rows, int64_t stride, int n_valid, char * scratch,
                             char * panel) {
-        __builtin_memset(panel, 0, p.panel_bytes());
-        char * row   = reinterpret_cast<char *>(scratch);
-        auto * scale = reinterpret_cast<float *>(panel + p.panel_values_bytes());
-        float * sum  = scale + p.n_blocks * p.nr;
-        for (int j = 0; j < n_valid; j++) {
-            const float * x = rows + j * stride;
-            if (p.operand != Operand::INT8) {
+        const size_t row_bytes = p.row_values_bytes();
+        auto *       scale     = reinterpret_cast<float *>(panel + p.panel_values_bytes());
+        float *      sum       = scale + p.n_blocks * p.nr;
+        for (int j = 0; j < p.nr; j++) {
+            char *        row = scratch + static_cast<size_t>(j) * row_bytes;
+            const float * x   = rows + (j < n_valid ? j : 0) * stride;
+            if (j >= n_valid) {
+                __builtin_memset(row, 0, row_bytes);
+            } else if (p.operand != Operand::INT8) {
                 write_float_row(p, x, row);
-                scatter(p, row, j, panel);
-                continue;
             }
-            for (int64_t b = 0; b < p.n_blocks; b++) {
+            for (int64_t b = 0; b < p.n_blocks && p.operand == Operand::INT8; b++) {
                 const int64_t first = b * p.block;
-                const int64_t left  = p.n_in - first < 0 ? 0 : p.n_in - first;
+                const int64_t left  = p.n_in - first < 0 || j >= n_valid ? 0 : p.n_in - first;
                 const int64_t n     = left < p.block ? left : p.block;
                 write_int8_block(x + first, n, p.block, row + first, scale[b * p.nr + j], sum[b * p.nr + j]);
             }
-            scatter(p, row, j, panel);
+        }
+        if (p.kp * p.value_bytes() == 4) {
+            interleave<uint32_t>(p, scratch, panel);
+        } else {
+            interleave<uint64_t>(p, scratch, panel);
+        }
+    }
+
+    // Rows [nr][words] -> [words][nr], some words of all rows at a time so that both stay in the first cache.
+    template <class Word> static void interleave(const Packing & p, const char * rows, char * panel) {
+        constexpr int64_t AT_ONCE   = 64 / sizeof(Word);
+        const int64_t     n_words   = p.n_padded() / p.kp;
+        const size_t      row_bytes = p.row_values_bytes();
+        for (int64_t first = 0; first < n_words; first += AT_ONCE) {
+            const int64_t last = first + AT_ONCE < n_words ? first + AT_ONCE : n_words;
+            for (int64_t w = first; w < last; w++) {
+                for (int64_t j = 0; j < p.nr; j++) {
+                    __builtin_memcpy(panel + (w * p.nr + j) * static_cast<int64_t>(sizeof(Word)),
+                                     rows + static_cast<size_t>(j) * row_bytes + static_cast<size_t>(w) * sizeof(Word),
+                                     sizeof(Word));
+                }
+            }
         }
     }
 
     static void write_int8_block(const float * x, int64_t n, int64_t block, char * out, float & scale, float & sum) {
         Floats most   = {};
         Floats poison = {};
-        if (n > 0) {
-            for_vectors(x, n, [&](int64_t, Floats v) {
-                const Floats size = abs(v);
-                most              = size > most ? size : most;
-                poison += v * 0.0F;
-            });
-        }
+        for_vectors(x, n, [&](int64_t, Floats v, int64_t) {
+            const Floats size = abs(v);
+            most              = size > most ? size : most;
+            poison += v * 0.0F;
+        });
         const float largest = largest_of(most);
         const float up      = largest > 0.0F ? 127.0F / largest : 0.0F;
-        scale               = largest / 127.0F + sum_of(poison);
-        Ints sums           = {};
-        if (n > 0) {
-            for_vectors(x, n, [&](int64_t i, Floats v) {
-                // Above 0 so that cutting the fraction off rounds to the nearest.
-                Ints whole = __builtin_convertvector(at_least(at_most(v * up, splat(127.0F)), splat(-127.0F)) + 128.5F, Ints);
-                whole -= 128;
-                if (n - i < LANES) {
-                    for (int64_t lane = n - i; lane < LANES; lane++) {
-                        whole[lane] = 0;
-                    }
-                }
-                sums += whole;
-                const Bytes bytes = __builtin_convertvector(whole, Bytes);
-                store_part(out + i, &bytes, n - i < LANES ? n - i : LANES);
-            });
-        }
+        for_vectors(x, n, [&](int64_t i, Floats v, int64_t count) {
+            // Above 0 so that cutting the fraction off rounds to the nearest.
+            const Floats above = at_least(at_most(v * up, splat(127.0F)), splat(-127.0F)) + 128.5F;
+            store_part(out + i, __builtin_convertvector(__builtin_convertvector(above, Ints) - 128, Bytes), count);
+        });
         __builtin_memset(out + n, 0, static_cast<size_t>(block - n));
         int32_t total = 0;
-        for (int i = 0; i < LANES; i++) {
-            total += sums[i];
+        for (int64_t i = 0; i < n; i++) {
+            total += static_cast<signed char>(out[i]);
         }
-        sum = scale * static_cast<float>(total);
+        scale = largest / 127.0F + sum_of(poison);
+        sum   = scale * static_cast<float>(total);
     }
 
     // ---- products ------------------------------------------------------------------------------
@@ -405,11 +424,7 @@ template <class Isa> struct Loops {
                     } else if (EPILOGUE == Epilogue::RESIDUAL) {
                         v += size == LANES ? load(task.residual + at + j) : load_part(task.residual + at + j, size);
                     }
-                    if (size == LANES) {
-                        store(task.out + at + j, v);
-                    } else {
-                        store_part(reinterpret_cast<char *>(task.out + at + j), &v, size * 4);
-                    }
+                    store_part(task.out + at + j, v, size);
                 }
             }
         }
@@ -429,8 +444,10 @@ template <class Isa> struct Loops {
         char *  queries;  // a panel of qk
         char *  weights;  // a panel of pv
         float * sums;     // INT8: of a transposed row's quantised values, [d_head]
+        float * poison;   // INT8: 0, or NaN if a key is no number
         float * scores;   // [n_tokens, padded to mr][nr]
-        float * row;      // scratch of write_row and write_panel
+        float * row;      // some rows of floats
+        char *  scratch;  // of write_panel
         float * mean;     // of the keys, [d_head]
         size_t  bytes;
     };
@@ -457,8 +474,10 @@ template <class Isa> struct Loops {
         m.queries              = place(static_cast<int64_t>(m.qk.panel_bytes()));
         m.weights              = place(static_cast<int64_t>(m.pv.panel_bytes()));
         m.sums                 = reinterpret_cast<float *>(place(n_values * 4));
+        m.poison               = reinterpret_cast<float *>(place(4));
         m.scores               = reinterpret_cast<float *>(place((n_keys + m.pv.kp) * m.qk.nr * 4));
         m.row                  = reinterpret_cast<float *>(place((m.pv.n_padded() + m.qk.n_padded()) * 4 * LANES));
+        m.scratch              = place(static_cast<int64_t>(m.qk.panel_scratch_bytes()));
         m.mean                 = reinterpret_cast<float *>(place(round_up(task.d_head, LANES) * 4));
         m.bytes                = used;
         return m;
@@ -479,6 +498,7 @@ template <class Isa> struct Loops {
     // Minus their mean: it adds the same to all scores of a query, which softmax does not see, and what is left
     // is smaller and loses less when it is quantised.
     static void write_keys(const AttentionTask & task, const AttentionMemory & m) {
+        float poison = 0.0F;
         __builtin_memset(m.mean, 0, static_cast<size_t>(task.d_head) * 4);
         if (task.operand == Operand::INT8) {
             for (int64_t t = 0; t < task.n_tokens; t++) {
@@ -494,17 +514,25 @@ template <class Isa> struct Loops {
             for (int64_t d = 0; d < task.d_head; d++) {
                 m.row[d] = task.k[t * task.stride + d] - m.mean[d];
             }
-            write_row(m.qk, m.row, nullptr, nullptr, m.keys + static_cast<size_t>(t) * m.qk.row_bytes());
+            char * row = m.keys + static_cast<size_t>(t) * m.qk.row_bytes();
+            write_row(m.qk, m.row, nullptr, nullptr, row);
+            if (task.operand == Operand::INT8) {
+                poison += *reinterpret_cast<const float *>(row + m.qk.row_values_bytes()) * 0.0F;
+            }
         }
+        m.poison[0] = poison;
     }
 
     static void write_values(const AttentionTask & task, const AttentionMemory & m) {
         const int64_t n = task.n_tokens;
         for (int64_t first = 0; first < task.d_head; first += LANES) {
             const int64_t count = task.d_head - first < LANES ? task.d_head - first : LANES;
-            for (int64_t t = 0; t < n; t++) {
+            for (int64_t t = 0; t < n; t += LANES) {  // a square at a time stays in the first cache
+                const int64_t n_rows = n - t < LANES ? n - t : LANES;
                 for (int64_t d = 0; d < count; d++) {
-                    m.row[d * n + t] = task.v[t * task.stride + first + d];
+                    for (int64_t i = 0; i < n_rows; i++) {
+                        m.row[d * n + t + i] = task.v[(t + i) * task.stride + first + d];
+                    }
                 }
             }
             for (int64_t d = 0; d < count; d++) {
@@ -529,7 +557,7 @@ template <class Isa> struct Loops {
     static void attend(const AttentionTask & task, const AttentionMemory & m, int64_t first, int n_valid) {
         const MicroKernel kernel = micro(task.operand);
         const int         nr     = m.qk.nr;
-        write_panel(m.qk, task.q + first * task.stride, task.stride, n_valid, m.row, m.queries);
+        write_panel(m.qk, task.q + first * task.stride, task.stride, n_valid, m.scratch, m.queries);
 
         Floats most[MAX_NR / LANES];
         for (int j = 0; j < nr / LANES; j++) {
@@ -569,47 +597,77 @@ template <class Isa> struct Loops {
         }
     }
 
-    // Softmax weights of 16 queries into the panel, unnormalised: at most 1, or 255 in INT8. Returns their sums.
+    // Softmax weights of some queries into the panel, unnormalised: at most 1, or 255 in INT8. Returns their sums.
     static Floats softmax(const AttentionTask & task, const AttentionMemory & m, int lane, Floats most) {
-        const float   to_log2  = task.scale * LOG2_E;
-        const int     nr       = m.qk.nr;
-        const int     kp       = m.pv.kp;
-        const int64_t n_words  = kp * m.pv.value_bytes() / 4;
-        const int64_t per_word = kp / n_words;
-        Floats        total    = {};
-        for (int64_t t = 0; t < m.pv.n_padded(); t += kp) {
-            for (int64_t w = 0; w < n_words; w++) {
-                Words word = {};
-                for (int64_t i = 0; i < per_word; i++) {
-                    const int64_t key = t + w * per_word + i;
-                    if (key >= task.n_tokens) {
-                        break;
-                    }
-                    const Floats e = exp2((load(m.scores + key * nr + lane) - most) * to_log2);
-                    if (task.operand == Operand::INT8) {
-                        const Ints q = __builtin_convertvector(e * 255.0F + 0.5F, Ints);
-                        total += e == e ? __builtin_convertvector(q, Floats) : e;
-                        word |= (bits<Words>(q - 128) & 0xffU) << static_cast<uint32_t>(8 * i);
-                    } else if (task.operand == Operand::BF16) {
-                        const Words half = to_bf16(e);
-                        total += bits<Floats>(half);
-                        word |= i == 0 ? half >> 16 : half;
-                    } else {
-                        total += e;
-                        word = bits<Words>(e);
-                    }
-                }
-                auto * out = reinterpret_cast<uint32_t *>(m.weights) + (t / kp * nr + lane) * n_words + w;
-                if (n_words == 1) {
-                    store(out, word);
-                } else {
-                    for (int i = 0; i < LANES; i++) {
-                        out[i * n_words] = word[i];
-                    }
+        switch (task.operand) {
+        case Operand::INT8:
+            return int8_weights(task, m, lane, most);
+        case Operand::BF16:
+            return float_weights<2>(task, m, lane, most, [](Floats & e, int) {
+                e = bits<Floats>(to_bf16(e));
+                return bits<Words>(e) >> 16;
+            });
+        default:
+            return float_weights<1>(task, m, lane, most, [](Floats & e, int) { return bits<Words>(e); });
+        }
+    }
+
+    static Floats int8_weights(const AttentionTask & task, const AttentionMemory & m, int lane, Floats most) {
+        constexpr float LOG2_255 = 7.9943534F;
+        const float     to_log2  = task.scale * LOG2_E;
+        const Floats    shift    = most * to_log2 - LOG2_255;
+        const int64_t   n_words  = m.pv.kp / 4;
+        Ints            total    = {};
+        const auto      weight   = [&](int64_t key) {
+            const Floats e = exp2_rough(load(m.scores + key * m.qk.nr + lane) * to_log2 - shift);
+            const Ints   q = __builtin_convertvector(e + 0.5F, Ints);
+            total += q;
+            return bits<Words>(q);
+        };
+        for (int64_t t = 0; t < m.pv.n_padded(); t += 4) {
+            Words word = {};
+            if (t + 4 <= task.n_tokens) {
+                word = weight(t) | weight(t + 1) << 8 | weight(t + 2) << 16 | weight(t + 3) << 24;
+            } else {
+                for (int64_t i = 0; t + i < task.n_tokens; i++) {
+                    word |= weight(t + i) << static_cast<uint32_t>(8 * i);
                 }
             }
+            store_word(m, lane, t / 4, n_words, word ^ 0x80808080U);  // minus 128: the operand is signed
+        }
+        // Scores that are no numbers have left no trace in whole ones.
+        const auto * scale = reinterpret_cast<const float *>(m.queries + m.qk.panel_values_bytes());
+        return __builtin_convertvector(total, Floats) + (load(scale + lane) * 0.0F + m.poison[0]);
+    }
+
+    template <int PER_WORD, class Convert>
+    static Floats float_weights(const AttentionTask & task, const AttentionMemory & m, int lane, Floats most,
+                                Convert convert) {
+        const float to_log2 = task.scale * LOG2_E;
+        Floats      total   = {};
+        for (int64_t t = 0; t < m.pv.n_padded(); t += PER_WORD) {
+            Words word = {};
+            for (int i = 0; i < PER_WORD && t + i < task.n_tokens; i++) {
+                Floats e = exp2((load(m.scores + (t + i) * m.qk.nr + lane) - most) * to_log2);
+                word |= convert(e, i) << static_cast<uint32_t>(16 * i);
+                total += e;
+            }
+            store_word(m, lane, t / PER_WORD, 1, word);
         }
         return total;
+    }
+
+    // The panel's word `index` of each lane's column.
+    OMNIVLM_INLINE void store_word(const AttentionMemory & m, int lane, int64_t index, int64_t words_per_step, Words word) {
+        const int64_t step = index / words_per_step;
+        auto *        out  = reinterpret_cast<uint32_t *>(m.weights) + (step * m.qk.nr + lane) * words_per_step + index % words_per_step;
+        if (words_per_step == 1) {
+            store(out, word);
+        } else {
+            for (int i = 0; i < LANES; i++) {
+                out[i * words_per_step] = word[i];
+            }
+        }
     }
 
     OMNIVLM_INLINE Floats weighted_mean(const AttentionMemory & m, const int32_t * products, int64_t d, Floats total) {

@@ -64,17 +64,19 @@ OMNIVLM_LEAF void tile(const char * rows, size_t row_bytes, const char * panel, 
 // `n` rounds of MR * NV dots, operands and sums in registers.
 template <class Dot, int MR, int NV> OMNIVLM_LEAF double peak(int64_t n) {
     alignas(64) char           zeros[Dot::BYTES] = {};
-    const typename Dot::Operand a                = Dot::broadcast(zeros);
+    typename Dot::Operand       a                = Dot::broadcast(zeros);
     typename Dot::Operand       b                = Dot::load(zeros);
     typename Dot::Vector       acc[MR * NV];
 #pragma GCC unroll 64
     for (int i = 0; i < MR * NV; i++) {
         acc[i] = Dot::zero();
     }
+    // The compiler cannot tell what this leaves in the registers.
+    __asm__ volatile("" : OMNIVLM_VECTOR_REGISTER(a));
     for (int64_t s = 0; s < n; s++) {
 #pragma GCC unroll 64
         for (int i = 0; i < MR * NV; i++) {
-            __asm__ volatile("" : OMNIVLM_VECTOR_REGISTER(b));  // the compiler cannot tell what is in a register
+            __asm__ volatile("" : OMNIVLM_VECTOR_REGISTER(b));
             acc[i] = Dot::dot(acc[i], a, b);
             __asm__ volatile("" : OMNIVLM_VECTOR_REGISTER(acc[i]));
         }

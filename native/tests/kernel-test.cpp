@@ -125,10 +125,11 @@ Operands pack(const Kernels & kernels, const Packing & p, const Matrix & x, cons
             result.x.push_back(value);
         }
     }
+    const Memory panel_scratch = allocate(p.panel_scratch_bytes());
     for (int64_t panel = 0; panel < n_panels; panel++) {
         const int valid = static_cast<int>(std::min<int64_t>(p.nr, n - panel * p.nr));
         char *    out   = result.panels.get() + static_cast<size_t>(panel) * p.panel_bytes();
-        kernels.write_panel(p, w.data() + panel * p.nr * p.n_in, p.n_in, valid, scratch, out);
+        kernels.write_panel(p, w.data() + panel * p.nr * p.n_in, p.n_in, valid, panel_scratch.get(), out);
         const auto * scale = reinterpret_cast<const float *>(out + p.panel_values_bytes());
         for (int64_t j = 0; j < valid; j++) {
             for (int64_t i = 0; i < p.n_in; i++) {
