@@ -510,6 +510,21 @@ def test_cut_source(source: Path, tmp_path: Path) -> None:
         refused(source, tmp_path / "out.gguf", ModelFileError, "model-F16.gguf: ")
 
 
+def test_cut_source_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """By --dry-run too, and before the sound half of the model is quantized."""
+    (tmp_path / "in").mkdir()
+    shutil.copy(DEMO.text, tmp_path / "in" / "demo-F16.gguf")
+    cut = tmp_path / "in" / "mmproj-demo-F16.gguf"
+    cut.write_bytes(DEMO.mmproj.read_bytes()[:-200])
+    for options in ([], ["--dry-run"]):
+        result = run(tmp_path / "in", tmp_path / "out", "--q8_0", *options)
+        assert result.returncode == 1
+        told = r"Error: .*/mmproj-demo-F16\.gguf: tensor \S+ reaches beyond the end .*\n"
+        assert re.fullmatch(told, result.stderr)
+        assert result.stdout == ""
+        assert not (tmp_path / "out").exists()
+
+
 def test_absent_source(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="there is no such file"):
         quantize_file(tmp_path / "none.gguf", tmp_path / "out.gguf", "q8_0")
