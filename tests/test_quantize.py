@@ -794,7 +794,9 @@ FAILURES = {
     "no model": (["none", "--q8_0"], 1, "'none': there is no such file"),
     "not GGUF": (["{text}", "--q8_0"], 1, "not a GGUF file"),
     "out is a file": (["demo", "{text}", "--q8_0"], 2, "is a file"),
+    "out is no directory's name": (["demo", "o.gguf", "--q8_0"], 2, "would be a directory"),
     "no threads": (["demo", "--q8_0", "-t", "0"], 2, "not in the range"),
+    "too many threads": (["demo", "--q8_0", "-t", "513"], 2, "not in the range"),
 }
 
 
