@@ -638,6 +638,20 @@ def test_interrupted(source: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_the_quantizing_process_ends_with_one_that_was_killed(tmp_path: Path) -> None:
+    part = tmp_path / ".out.gguf.part"
+    part.write_text("begun")
+    child = f"from omnivlm_edge.quantize.llama import end_with; end_with({{}}, {os.fsencode(part)})"
+    parent = (
+        "import os, signal, subprocess, sys; "
+        f"subprocess.Popen([sys.executable, '-c', {child!r}.format(os.getpid())]); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    # The pipe closes when the child has ended, too.
+    subprocess.run([sys.executable, "-c", parent], stdout=subprocess.PIPE, timeout=60)
+    assert not part.exists()
+
+
 def test_a_failure_leaves_the_older_result(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.gguf"
     output.write_text("older")
