@@ -88,7 +88,7 @@ def _place(axes: Axes, labels: Sequence[Annotation]) -> None:
     for label in labels:
         x, y = axes.transData.transform(label.xy)
         taken.append(Bbox.from_extents(x - 5, y - 5, x + 5, y + 5))
-    for label in labels:
+    for label in sorted(labels, key=lambda label: -label.xy[1]):  # those of a column in its order
         for dx, dy in _PLACES:
             label.xyann = (dx, dy)
             label.set_horizontalalignment("left" if dx > 0 else "right")
