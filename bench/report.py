@@ -1,10 +1,16 @@
-"""Print the README's tables from the committed results: python bench/report.py"""
+"""The README's tables and its plot from the committed results: python bench/report.py
+
+The tables are printed, the plot is bench/results/quantization.png.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+from omnivlm_edge.compare import Loss, TextLoss, VisionLoss
+from omnivlm_edge.plot import plot_losses
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -88,6 +94,23 @@ def loss_table() -> str:
     return "\n".join(lines)
 
 
+def plot() -> None:
+    """Size against error of the records in the loss table that had no imatrix."""
+    losses = [
+        Loss(
+            found["name"],
+            found["text_bytes"],
+            found["vision_bytes"],
+            VisionLoss(**found["vision"]),
+            TextLoss(**found["text"]),
+            TextLoss(**found["whole"]),
+        )
+        for (_, imatrix), record in _quantizations("demo-F16").items()
+        if (found := record["loss"])["vision"] and not imatrix
+    ]
+    plot_losses(losses, RESULTS / "quantization.png")
+
+
 def size_table() -> str:
     """Size, speed and memory of each recipe at full size: the newest record of each."""
     lines = [
@@ -143,3 +166,4 @@ def accuracy_table() -> str:
 if __name__ == "__main__":
     tables = cost_table, second_question_table, accuracy_table, loss_table, size_table
     print(*(table() for table in tables), sep="\n\n")
+    plot()
