@@ -3,6 +3,7 @@
 #include "errors.h"
 
 #include <algorithm>
+#include <chrono>
 #include <iterator>
 #include <memory>
 #include <new>
@@ -171,17 +172,38 @@ void VisionEncoder::prepare(int64_t n_images, bool with_kernels) {
     graph_images_ = n_images;
 }
 
-void VisionEncoder::compute(ggml_cgraph * graph) {
+std::map<std::string, double> VisionEncoder::profile(const float * pixels) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    prepare(1, kernels_ != nullptr);
+    load_pixels(pixels);
+    std::map<std::string, double> seconds;
+    auto                          start = std::chrono::steady_clock::now();
+    const auto                    stop  = [&](const ggml_tensor * node) {
+        const auto        now  = std::chrono::steady_clock::now();
+        const std::string name = node->op == GGML_OP_CUSTOM ? node->name : ggml_op_desc(node);
+        seconds[name] += std::chrono::duration<double>(now - start).count();
+        start = now;
+    };
+    compute_in_parts([](const ggml_tensor *) { return true; }, stop);
+    return seconds;
+}
+
+void VisionEncoder::load_pixels(const float * pixels) {
+    ggml_backend_tensor_set(graph_.pixels, pixels, 0, ggml_nbytes(graph_.pixels));
     if (graph_.kernels) {
         graph_.kernels->reset();
     }
+}
+
+void VisionEncoder::compute(ggml_cgraph * graph) {
     if (ggml_backend_graph_compute(backend_.get(), graph) != GGML_STATUS_SUCCESS) {
         throw DeviceError("device '" + options_.device + "' failed while it encoded a picture");
     }
 }
 
-// The graph up to each node that the collector wants, because what comes later may overwrite the node's input.
-void VisionEncoder::compute_in_parts(ImportanceCollector & collector) {
+// What comes after a node may overwrite its input, so the graph stops there.
+void VisionEncoder::compute_in_parts(const std::function<bool(const ggml_tensor *)> & wanted,
+                                     const std::function<void(const ggml_tensor *)> & computed) {
     const int        n_nodes = ggml_graph_n_nodes(graph_.graph);
     const auto       size    = static_cast<size_t>(n_nodes);
     ggml_context_ptr context(ggml_init({ ggml_graph_overhead_custom(size, false), nullptr, /*.no_alloc =*/true }));
@@ -190,15 +212,15 @@ void VisionEncoder::compute_in_parts(ImportanceCollector & collector) {
     }
     ggml_cgraph * part = ggml_new_graph_custom(context.get(), size, false);
     for (int i = 0; i < n_nodes; i++) {
-        ggml_tensor * node   = ggml_graph_node(graph_.graph, i);
-        const bool    wanted = ImportanceCollector::wants(node);
+        ggml_tensor * node = ggml_graph_node(graph_.graph, i);
+        const bool    stop = wanted(node);
         ggml_graph_add_node(part, node);
-        if (wanted || i == n_nodes - 1) {
+        if (stop || i == n_nodes - 1) {
             compute(part);
             ggml_graph_clear(part);
         }
-        if (wanted) {
-            collector.add(node);
+        if (stop) {
+            computed(node);
         }
     }
 }
@@ -206,11 +228,11 @@ void VisionEncoder::compute_in_parts(ImportanceCollector & collector) {
 void VisionEncoder::encode_batch(const float * pixels, int64_t n_images, float * tokens,
                                  ImportanceCollector * collector) {
     prepare(n_images, kernels_ != nullptr && collector == nullptr);  // a collector looks at ggml's products
-    ggml_backend_tensor_set(graph_.pixels, pixels, 0, ggml_nbytes(graph_.pixels));
+    load_pixels(pixels);
     if (collector == nullptr) {
         compute(graph_.graph);
     } else {
-        compute_in_parts(*collector);
+        compute_in_parts(ImportanceCollector::wants, [&](const ggml_tensor * node) { collector->add(node); });
     }
     ggml_backend_tensor_get(graph_.tokens, tokens, 0, ggml_nbytes(graph_.tokens));
     if (options_.low_memory) {

@@ -8,6 +8,8 @@
 #include "vision-kernels.h"
 #include "vision-model.h"
 
+#include <functional>
+#include <map>
 #include <mutex>
 #include <string>
 
@@ -37,6 +39,9 @@ class VisionEncoder {
     // Safe to call from several threads; calls run one after the other. Throws DeviceError.
     void encode(const float * pixels, int64_t n_images, float * tokens, ImportanceCollector * collector = nullptr);
 
+    // Seconds that each kind of node takes for one picture [3, image_size, image_size], by name.
+    std::map<std::string, double> profile(const float * pixels);
+
     const VisionHparams & hparams() const { return model_.hparams; }
 
     const char * precision() const;  // never "auto"
@@ -44,10 +49,13 @@ class VisionEncoder {
 
   private:
     void        prepare(int64_t n_images, bool with_kernels);
+    void        load_pixels(const float * pixels);
     VisionGraph build(int64_t n_images, bool with_kernels) const;
     void encode_batch(const float * pixels, int64_t n_images, float * tokens, ImportanceCollector * collector);
     void compute(ggml_cgraph * graph);
-    void compute_in_parts(ImportanceCollector & collector);
+    // The graph in parts that end with each node that is `wanted`, which `computed` is then told.
+    void compute_in_parts(const std::function<bool(const ggml_tensor *)> & wanted,
+                          const std::function<void(const ggml_tensor *)> & computed);
 
     Options          options_;
     Precision        precision_ = Precision::GGML;

@@ -29,6 +29,14 @@ Operand operand_of(Precision precision, Part part) {
     }
 }
 
+// `v.blk.3.attn_q.weight` -> `attn_q`, `mm.0.weight` -> `mm.0`
+std::string stage_of(const ggml_tensor * weight) {
+    std::string       name = weight->name;
+    const std::string end  = ".weight";
+    name                   = name.substr(0, name.size() - end.size());
+    return name.compare(0, 2, "v.") == 0 ? name.substr(name.rfind('.') + 1) : name;
+}
+
 }  // namespace
 
 Packing packing_of(const Kernels & kernels, Precision precision, Part part, int64_t n_in) {
@@ -67,13 +75,14 @@ void KernelNodes::reset() {
 }
 
 template <void (*COMPUTE)(KernelNodes::Node & node, ggml_tensor * dst, int thread, int n_threads)>
-ggml_tensor * KernelNodes::custom(ggml_context * ctx, Node & node, ggml_type type, int64_t ne0, int64_t ne1,
-                                  std::vector<ggml_tensor *> sources) {
+ggml_tensor * KernelNodes::custom(ggml_context * ctx, Node & node, const std::string & name, ggml_type type,
+                                  int64_t ne0, int64_t ne1, std::vector<ggml_tensor *> sources) {
     const auto compute = [](ggml_tensor * dst, int thread, int n_threads, void * data) {
         COMPUTE(*static_cast<Node *>(data), dst, thread, n_threads);
     };
-    return ggml_custom_4d(ctx, type, ne0, ne1, 1, 1, sources.data(), static_cast<int>(sources.size()), compute,
-                          GGML_N_TASKS_MAX, &node);
+    ggml_tensor * result = ggml_custom_4d(ctx, type, ne0, ne1, 1, 1, sources.data(), static_cast<int>(sources.size()),
+                                          compute, GGML_N_TASKS_MAX, &node);
+    return ggml_set_name(result, name.c_str());
 }
 
 // ---- rows of activations ------------------------------------------------------------------------
@@ -90,7 +99,7 @@ Rows KernelNodes::rows(ggml_context * ctx, ggml_tensor * x, const LayerNorm * no
     need_scratch(static_cast<size_t>(node.packing.n_padded()) * sizeof(float));
     const int64_t mr     = node.packing.mr;
     const int64_t padded = (node.n_rows + mr - 1) / mr * mr;
-    ggml_tensor * tensor = custom<compute_rows>(ctx, node, GGML_TYPE_I8,
+    ggml_tensor * tensor = custom<compute_rows>(ctx, node, norm != nullptr ? "norm and rows" : "rows", GGML_TYPE_I8,
                                                 static_cast<int64_t>(node.packing.row_bytes()), padded, { x });
     return { tensor, node.packing, node.n_rows };
 }
@@ -132,13 +141,13 @@ ggml_tensor * KernelNodes::linear(ggml_context * ctx, const Linear & layer, cons
         packing.n_out   = node.n_out;
         packing.weight  = node.weight;
         // Behind the rows, so that the memory plan holds the panels of one product at a time.
-        sources.push_back(custom<compute_panels>(ctx, packing, GGML_TYPE_I8, static_cast<int64_t>(shape.bytes()), 1,
+        sources.push_back(custom<compute_panels>(ctx, packing, "panels", GGML_TYPE_I8, static_cast<int64_t>(shape.bytes()), 1,
                                                  { rows.tensor }));
     }
     if (residual != nullptr) {
         sources.push_back(residual);
     }
-    return custom<compute_linear>(ctx, node, GGML_TYPE_F32, node.n_out, node.n_rows, sources);
+    return custom<compute_linear>(ctx, node, stage_of(layer.weight), GGML_TYPE_F32, node.n_out, node.n_rows, sources);
 }
 
 void KernelNodes::compute_panels(Node & node, ggml_tensor * dst, int thread, int /*n_threads*/) {
@@ -187,7 +196,7 @@ ggml_tensor * KernelNodes::attention(ggml_context * ctx, ggml_tensor * q, ggml_t
     node.n_rows        = n_rows_of(q);
     node.n_tokens      = n_tokens;
     node.n_head        = n_head;
-    ggml_tensor * out  = custom<compute_attention>(ctx, node, GGML_TYPE_F32, q->ne[0], node.n_rows, { q, k, v });
+    ggml_tensor * out  = custom<compute_attention>(ctx, node, "attention", GGML_TYPE_F32, q->ne[0], node.n_rows, { q, k, v });
     AttentionTask task = attention_task(node, out);
     need_scratch(kernels_.attention_scratch_bytes(task));
     return out;

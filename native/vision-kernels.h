@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <deque>
+#include <string>
 #include <vector>
 
 namespace omnivlm {
@@ -79,8 +80,8 @@ class KernelNodes {
     };
 
     template <void (*COMPUTE)(Node & node, ggml_tensor * dst, int thread, int n_threads)>
-    ggml_tensor * custom(ggml_context * ctx, Node & node, ggml_type type, int64_t ne0, int64_t ne1,
-                         std::vector<ggml_tensor *> sources);
+    ggml_tensor * custom(ggml_context * ctx, Node & node, const std::string & name, ggml_type type, int64_t ne0,
+                         int64_t ne1, std::vector<ggml_tensor *> sources);
 
     static void compute_rows(Node & node, ggml_tensor * dst, int thread, int n_threads);
     static void compute_panels(Node & node, ggml_tensor * dst, int thread, int n_threads);
