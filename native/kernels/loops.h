@@ -133,6 +133,18 @@ OMNIVLM_INLINE Floats gelu_tanh(Floats x) {
     return x / (exp2(C * x * (0.044715F * x * x + 1.0F)) + 1.0F);
 }
 
+// The same for results that are rounded to 8 bits: relative error below 4e-4.
+OMNIVLM_INLINE Floats gelu_tanh_rough(Floats x) {
+    constexpr float C = -2.0F * 0.79788456F * LOG2_E;
+    const Floats    t = C * x * (0.044715F * x * x + 1.0F);
+    const Floats    d = exp2_rough(t > 80.0F ? splat(80.0F) : t) + 1.0F;
+    // 1 / d: a guess from the exponent, then two of Newton's steps (the first with its error balanced).
+    Floats r = bits<Floats>(0x7ef127eaU - bits<Words>(d));
+    r        = r * (2.0F - d * r);
+    r        = r * (2.0F - d * r);
+    return x * r;
+}
+
 // x (1 + erf(x / sqrt 2)) / 2, erf by Abramowitz and Stegun 7.1.26: absolute error below 2e-7.
 OMNIVLM_INLINE Floats gelu_erf(Floats x) {
     const Floats z    = abs(x) * 0.70710678F;
@@ -187,7 +199,7 @@ template <class Vector> OMNIVLM_INLINE void store_part(void * p, const Vector & 
 }
 
 template <class Isa> struct Loops {
-    static MicroKernel micro(Operand operand) {
+    static constexpr MicroKernel micro(Operand operand) {
         return operand == Operand::INT8 ? Isa::int8() : operand == Operand::BF16 ? Isa::bf16() : Isa::f32();
     }
 
@@ -356,77 +368,105 @@ template <class Isa> struct Loops {
 
     // ---- products ------------------------------------------------------------------------------
 
-    static constexpr int MAX_MR = 16;
-    static constexpr int MAX_NR = 64;
+    static constexpr int64_t BLOCKS_AT_ONCE = 8;  // tiles of whole numbers that stay in the first cache
 
-    // One tile of a product, scales applied: [mr][nr].
-    OMNIVLM_INLINE void product(const Packing & p, const MicroKernel & kernel, const char * rows, const char * panel,
-                                float * tile) {
-        const size_t row_bytes = p.row_bytes();
-        if (p.operand != Operand::INT8) {
-            kernel.run(rows, row_bytes, panel, p.n_padded() / p.kp, tile);
+    // One tile of a product: `finish` is given each row and column with the value, scales applied.
+    template <Operand OPERAND, class Finish>
+    OMNIVLM_INLINE void product(const Packing & p, const char * rows, const char * panel, Finish finish) {
+        constexpr MicroKernel KERNEL    = micro(OPERAND);
+        constexpr int         SIZE      = KERNEL.mr * KERNEL.nr;
+        const size_t          row_bytes = p.row_bytes();
+        alignas(64) float     tile[SIZE];
+        if (OPERAND != Operand::INT8) {
+            KERNEL.run(rows, row_bytes, panel, p.n_padded() / KERNEL.kp, tile);
+            for (int r = 0; r < KERNEL.mr; r++) {
+                for (int j = 0; j < KERNEL.nr; j += LANES) {
+                    finish(r, j, load(tile + r * KERNEL.nr + j));
+                }
+            }
             return;
         }
-        alignas(64) int32_t whole[MAX_MR * MAX_NR];
+        alignas(64) int32_t whole[BLOCKS_AT_ONCE * SIZE];
         const auto *        scale = reinterpret_cast<const float *>(panel + p.panel_values_bytes());
-        const float *       sum   = scale + p.n_blocks * p.nr;
-        for (int64_t b = 0; b < p.n_blocks; b++) {
-            kernel.run(rows + b * p.block, row_bytes, panel + b * p.block * p.nr, p.block / p.kp, whole);
-            for (int r = 0; r < p.mr; r++) {
-                const auto * row_scale  = reinterpret_cast<const float *>(rows + static_cast<size_t>(r) * row_bytes + p.row_values_bytes());
-                const float  a          = row_scale[b];
-                const float  offset     = row_scale[p.n_blocks + b];
-                for (int j = 0; j < p.nr; j += LANES) {
-                    const Floats products = __builtin_convertvector(load(whole + r * p.nr + j), Floats);
-                    const Floats value    = products * (load(scale + b * p.nr + j) * a) + load(sum + b * p.nr + j) * offset;
-                    float *      out      = tile + r * p.nr + j;
-                    store(out, b == 0 ? value : load(out) + value);
+        const float *       sum   = scale + p.n_blocks * KERNEL.nr;
+        for (int64_t first = 0; first < p.n_blocks; first += BLOCKS_AT_ONCE) {
+            const int64_t last = first + BLOCKS_AT_ONCE < p.n_blocks ? first + BLOCKS_AT_ONCE : p.n_blocks;
+            for (int64_t b = first; b < last; b++) {
+                KERNEL.run(rows + b * p.block, row_bytes, panel + b * p.block * KERNEL.nr, p.block / KERNEL.kp,
+                           whole + (b - first) * SIZE);
+            }
+            for (int r = 0; r < KERNEL.mr; r++) {
+                const auto * row_scale = reinterpret_cast<const float *>(rows + static_cast<size_t>(r) * row_bytes +
+                                                                         p.row_values_bytes());
+                const float * offset   = row_scale + p.n_blocks;
+                for (int j = 0; j < KERNEL.nr; j += LANES) {
+                    Floats value = first == 0 ? Floats{} : load(tile + r * KERNEL.nr + j);
+                    for (int64_t b = first; b < last; b++) {
+                        const int32_t * at = whole + (b - first) * SIZE + r * KERNEL.nr + j;
+                        value += __builtin_convertvector(load(at), Floats) * (load(scale + b * KERNEL.nr + j) * row_scale[b]);
+                        value += load(sum + b * KERNEL.nr + j) * offset[b];
+                    }
+                    if (last < p.n_blocks) {
+                        store(tile + r * KERNEL.nr + j, value);
+                    } else {
+                        finish(r, j, value);
+                    }
                 }
             }
         }
     }
 
     static void linear(const LinearTask & task, int64_t panel, int64_t row_begin, int64_t row_end) {
-        switch (task.epilogue) {
-        case Epilogue::NONE:
-            return linear_with<Epilogue::NONE>(task, panel, row_begin, row_end);
-        case Epilogue::GELU_TANH:
-            return linear_with<Epilogue::GELU_TANH>(task, panel, row_begin, row_end);
-        case Epilogue::GELU_ERF:
-            return linear_with<Epilogue::GELU_ERF>(task, panel, row_begin, row_end);
-        case Epilogue::RESIDUAL:
-            return linear_with<Epilogue::RESIDUAL>(task, panel, row_begin, row_end);
+        switch (task.packing.operand) {
+        case Operand::INT8:
+            return linear_of<Operand::INT8>(task, panel, row_begin, row_end);
+        case Operand::BF16:
+            return linear_of<Operand::BF16>(task, panel, row_begin, row_end);
+        case Operand::F32:
+            return linear_of<Operand::F32>(task, panel, row_begin, row_end);
         }
     }
 
-    template <Epilogue EPILOGUE>
-    static void linear_with(const LinearTask & task, int64_t panel, int64_t row_begin, int64_t row_end) {
-        const Packing &   p      = task.packing;
-        const MicroKernel kernel = micro(p.operand);
-        const char *      data   = task.panels + static_cast<size_t>(panel) * p.panel_bytes();
-        const int64_t     column = panel * p.nr;
-        const int64_t     n      = task.n_out - column < p.nr ? task.n_out - column : p.nr;
-        alignas(64) float tile[MAX_MR * MAX_NR];
-        alignas(64) float bias[MAX_NR] = {};
+    template <Operand OPERAND>
+    static void linear_of(const LinearTask & task, int64_t panel, int64_t row_begin, int64_t row_end) {
+        const auto same = [](Floats v, const float *, int64_t) { return v; };
+        switch (task.epilogue) {
+        case Epilogue::NONE:
+            return linear_with<OPERAND>(task, panel, row_begin, row_end, same);
+        case Epilogue::GELU_TANH:
+            return linear_with<OPERAND>(task, panel, row_begin, row_end, [](Floats v, const float *, int64_t) {
+                return OPERAND == Operand::INT8 ? gelu_tanh_rough(v) : gelu_tanh(v);
+            });
+        case Epilogue::GELU_ERF:
+            return linear_with<OPERAND>(task, panel, row_begin, row_end,
+                                        [](Floats v, const float *, int64_t) { return gelu_erf(v); });
+        case Epilogue::RESIDUAL:
+            return linear_with<OPERAND>(task, panel, row_begin, row_end,
+                                        [](Floats v, const float * residual, int64_t n) {
+                                            return v + (n == LANES ? load(residual) : load_part(residual, n));
+                                        });
+        }
+    }
+
+    template <Operand OPERAND, class Finish>
+    OMNIVLM_INLINE void linear_with(const LinearTask & task, int64_t panel, int64_t row_begin, int64_t row_end,
+                                    Finish finish) {
+        const Packing & p              = task.packing;
+        constexpr int   NR             = micro(OPERAND).nr;
+        const char *    data           = task.panels + static_cast<size_t>(panel) * p.panel_bytes();
+        const int64_t   column         = panel * NR;
+        const int64_t   n              = task.n_out - column < NR ? task.n_out - column : NR;
+        alignas(64) float bias[NR] = {};
         __builtin_memcpy(bias, task.bias + column, static_cast<size_t>(n) * sizeof(float));
         for (int64_t row = row_begin; row < row_end; row += p.mr) {
-            product(p, kernel, task.rows + static_cast<size_t>(row) * p.row_bytes(), data, tile);
-            const int64_t n_rows = row_end - row < p.mr ? row_end - row : p.mr;
-            for (int64_t r = 0; r < n_rows; r++) {
-                const int64_t at = (row + r) * task.n_out + column;
-                for (int64_t j = 0; j < n; j += LANES) {
-                    Floats        v    = load(tile + r * p.nr + j) + load(bias + j);
-                    const int64_t size = n - j < LANES ? n - j : LANES;
-                    if (EPILOGUE == Epilogue::GELU_TANH) {
-                        v = gelu_tanh(v);
-                    } else if (EPILOGUE == Epilogue::GELU_ERF) {
-                        v = gelu_erf(v);
-                    } else if (EPILOGUE == Epilogue::RESIDUAL) {
-                        v += size == LANES ? load(task.residual + at + j) : load_part(task.residual + at + j, size);
-                    }
-                    store_part(task.out + at + j, v, size);
+            const int64_t n_rows = row_end - row;
+            product<OPERAND>(p, task.rows + static_cast<size_t>(row) * p.row_bytes(), data, [&](int r, int j, Floats v) {
+                const int64_t left = n - j < LANES ? n - j : LANES;
+                if (r < n_rows && left > 0) {
+                    const int64_t at = (row + r) * task.n_out + column + j;
+                    store_part(task.out + at, finish(v + load(bias + j), task.residual + at, left), left);
                 }
-            }
+            });
         }
     }
 
@@ -475,7 +515,7 @@ template <class Isa> struct Loops {
         m.weights              = place(static_cast<int64_t>(m.pv.panel_bytes()));
         m.sums                 = reinterpret_cast<float *>(place(n_values * 4));
         m.poison               = reinterpret_cast<float *>(place(4));
-        m.scores               = reinterpret_cast<float *>(place((n_keys + m.pv.kp) * m.qk.nr * 4));
+        m.scores               = reinterpret_cast<float *>(place((n_keys > task.d_head ? n_keys : task.d_head) * m.qk.nr * 4));
         m.row                  = reinterpret_cast<float *>(place((m.pv.n_padded() + m.qk.n_padded()) * 4 * LANES));
         m.scratch              = place(static_cast<int64_t>(m.qk.panel_scratch_bytes()));
         m.mean                 = reinterpret_cast<float *>(place(round_up(task.d_head, LANES) * 4));
@@ -491,7 +531,18 @@ template <class Isa> struct Loops {
         write_values(task, m);
         for (int64_t first = query_begin; first < query_end; first += m.qk.nr) {
             const int64_t left = query_end - first;
-            attend(task, m, first, static_cast<int>(left < m.qk.nr ? left : m.qk.nr));
+            const int     n    = static_cast<int>(left < m.qk.nr ? left : m.qk.nr);
+            switch (task.operand) {
+            case Operand::INT8:
+                attend<Operand::INT8>(task, m, first, n);
+                break;
+            case Operand::BF16:
+                attend<Operand::BF16>(task, m, first, n);
+                break;
+            case Operand::F32:
+                attend<Operand::F32>(task, m, first, n);
+                break;
+            }
         }
     }
 
@@ -554,62 +605,64 @@ template <class Isa> struct Loops {
         return static_cast<float>(sum);
     }
 
+    template <Operand OPERAND>
     static void attend(const AttentionTask & task, const AttentionMemory & m, int64_t first, int n_valid) {
-        const MicroKernel kernel = micro(task.operand);
-        const int         nr     = m.qk.nr;
+        constexpr MicroKernel KERNEL = micro(OPERAND);
+        constexpr int         NR     = KERNEL.nr;
         write_panel(m.qk, task.q + first * task.stride, task.stride, n_valid, m.scratch, m.queries);
 
-        Floats most[MAX_NR / LANES];
-        for (int j = 0; j < nr / LANES; j++) {
-            most[j] = splat(-__builtin_inff());
+        Floats most[NR / LANES];
+        for (Floats & lanes : most) {
+            lanes = splat(-__builtin_inff());
         }
-        for (int64_t t = 0; t < task.n_tokens; t += m.qk.mr) {
-            float * tile = m.scores + t * nr;
-            product(m.qk, kernel, m.keys + static_cast<size_t>(t) * m.qk.row_bytes(), m.queries, tile);
-            const int64_t n_rows = task.n_tokens - t < m.qk.mr ? task.n_tokens - t : m.qk.mr;
+        for (int64_t t = 0; t < task.n_tokens; t += KERNEL.mr) {
+            const int64_t n_rows = task.n_tokens - t;
+            product<OPERAND>(m.qk, m.keys + static_cast<size_t>(t) * m.qk.row_bytes(), m.queries,
+                             [&](int r, int j, Floats score) {
+                                 store(m.scores + (t + r) * NR + j, score);
+                                 Floats & lanes = most[j / LANES];
+                                 lanes          = r < n_rows && score > lanes ? score : lanes;
+                             });
+        }
+
+        alignas(64) float totals[NR];
+        for (int j = 0; j < NR; j += LANES) {
+            store(totals + j, softmax<OPERAND>(task, m, j, most[j / LANES]));
+        }
+
+        float *             out = m.scores;  // [d_head][NR]; the scores are needed no more
+        alignas(64) int32_t products[KERNEL.mr * NR];
+        for (int64_t d = 0; d < task.d_head; d += KERNEL.mr) {
+            KERNEL.run(m.values + static_cast<size_t>(d) * m.pv.row_bytes(), m.pv.row_bytes(), m.weights,
+                       m.pv.n_padded() / KERNEL.kp, products);
+            const int64_t n_rows = task.d_head - d < KERNEL.mr ? task.d_head - d : KERNEL.mr;
             for (int64_t r = 0; r < n_rows; r++) {
-                for (int j = 0; j < nr / LANES; j++) {
-                    const Floats s = load(tile + r * nr + j * LANES);
-                    most[j]        = s > most[j] ? s : most[j];
+                for (int j = 0; j < NR; j += LANES) {
+                    store(out + (d + r) * NR + j, weighted_mean<OPERAND>(m, products + r * NR + j, d + r, load(totals + j)));
                 }
             }
         }
-
-        alignas(64) float totals[MAX_NR];
-        for (int j = 0; j < nr / LANES; j++) {
-            store(totals + j * LANES, softmax(task, m, j * LANES, most[j]));
-        }
-
-        alignas(64) int32_t whole[MAX_MR * MAX_NR];
-        for (int64_t d = 0; d < task.d_head; d += m.pv.mr) {
-            kernel.run(m.values + static_cast<size_t>(d) * m.pv.row_bytes(), m.pv.row_bytes(), m.weights,
-                       m.pv.n_padded() / m.pv.kp, whole);
-            const int64_t n_rows = task.d_head - d < m.pv.mr ? task.d_head - d : m.pv.mr;
-            for (int64_t r = 0; r < n_rows; r++) {
-                alignas(64) float column[MAX_NR];
-                for (int j = 0; j < nr; j += LANES) {
-                    store(column + j, weighted_mean(m, whole + r * nr + j, d + r, load(totals + j)));
-                }
-                for (int i = 0; i < n_valid; i++) {
-                    task.out[(first + i) * task.stride + d + r] = column[i];
-                }
+        for (int i = 0; i < n_valid; i++) {
+            float * row = task.out + (first + i) * task.stride;
+            for (int64_t d = 0; d < task.d_head; d++) {
+                row[d] = out[d * NR + i];
             }
         }
     }
 
     // Softmax weights of some queries into the panel, unnormalised: at most 1, or 255 in INT8. Returns their sums.
+    template <Operand OPERAND>
     static Floats softmax(const AttentionTask & task, const AttentionMemory & m, int lane, Floats most) {
-        switch (task.operand) {
-        case Operand::INT8:
+        if (OPERAND == Operand::INT8) {
             return int8_weights(task, m, lane, most);
-        case Operand::BF16:
-            return float_weights<2>(task, m, lane, most, [](Floats & e, int) {
+        }
+        if (OPERAND == Operand::BF16) {
+            return float_weights<2>(task, m, lane, most, [](Floats & e) {
                 e = bits<Floats>(to_bf16(e));
                 return bits<Words>(e) >> 16;
             });
-        default:
-            return float_weights<1>(task, m, lane, most, [](Floats & e, int) { return bits<Words>(e); });
         }
+        return float_weights<1>(task, m, lane, most, [](Floats & e) { return bits<Words>(e); });
     }
 
     static Floats int8_weights(const AttentionTask & task, const AttentionMemory & m, int lane, Floats most) {
@@ -649,7 +702,7 @@ template <class Isa> struct Loops {
             Words word = {};
             for (int i = 0; i < PER_WORD && t + i < task.n_tokens; i++) {
                 Floats e = exp2((load(m.scores + (t + i) * m.qk.nr + lane) - most) * to_log2);
-                word |= convert(e, i) << static_cast<uint32_t>(16 * i);
+                word |= convert(e) << static_cast<uint32_t>(16 * i);
                 total += e;
             }
             store_word(m, lane, t / PER_WORD, 1, word);
@@ -670,8 +723,9 @@ template <class Isa> struct Loops {
         }
     }
 
+    template <Operand OPERAND>
     OMNIVLM_INLINE Floats weighted_mean(const AttentionMemory & m, const int32_t * products, int64_t d, Floats total) {
-        if (m.pv.operand != Operand::INT8) {
+        if (OPERAND != Operand::INT8) {
             return bits<Floats>(load(products)) / total;
         }
         // The weights in the panel are 128 less than they stand for.

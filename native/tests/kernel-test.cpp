@@ -208,7 +208,9 @@ void test_linear(const Kernels & kernels, Operand operand, int64_t m, int64_t n,
             want[i] = epilogue_of(stood[i] + bias[i % static_cast<size_t>(n)], residual[i], epilogue);
         }
         const double error = relative_error(want, got);
-        check(error < 1e-5, label + " epilogue " + std::to_string(static_cast<int>(epilogue)) + ": error " +
+        // A GELU whose result is going to be rounded to 8 bits is computed less exactly.
+        const double limit = operand == Operand::INT8 && epilogue == Epilogue::GELU_TANH ? 4e-4 : 1e-5;
+        check(error < limit, label + " epilogue " + std::to_string(static_cast<int>(epilogue)) + ": error " +
                                 std::to_string(error));
     }
     std::vector<double> as_float(exact.size());
