@@ -51,7 +51,7 @@ struct F32 : Vector512 {
 
 struct Isa {
     static constexpr float INT8_MAX_ROW  = 255.0F;
-    static constexpr int   INT8_ROW_BIAS = 0;
+    static constexpr unsigned INT8_ROW_BIAS = 0;
 
     static constexpr MicroKernel int8() { return micro_kernel<Int8, 9, 3>(); }
     static constexpr MicroKernel bf16() { return micro_kernel<Bf16, 9, 3>(); }

@@ -92,6 +92,11 @@ OMNIVLM_INLINE float largest_of(Floats v) {
     return reduce(v, [](float a, float b) { return a > b ? a : b; });
 }
 
+// Without their fraction. Unsigned, so that what a NaN becomes may overflow.
+OMNIVLM_INLINE Words whole(Floats a) {
+    return bits<Words>(__builtin_convertvector(a, Ints));
+}
+
 OMNIVLM_INLINE int64_t round_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
@@ -287,8 +292,7 @@ template <class Isa> struct Loops {
             const float up    = range > 0.0F ? Isa::INT8_MAX_ROW / range : 0.0F;
             for_vectors(x + first, n, [&](int64_t i, Floats v, int64_t count) {
                 const Floats quantised = at_most((v - low) * up + 0.5F, splat(Isa::INT8_MAX_ROW));
-                const Ints   whole     = __builtin_convertvector(quantised, Ints) - Isa::INT8_ROW_BIAS;
-                store_part(out + i, __builtin_convertvector(whole, Bytes), count);
+                store_part(out + i, __builtin_convertvector(whole(quantised) - Isa::INT8_ROW_BIAS, Bytes), count);
             });
             __builtin_memset(out + n, 0, static_cast<size_t>(p.block - n));
             scale[b]  = step + sum_of(poison);
@@ -355,7 +359,7 @@ template <class Isa> struct Loops {
         for_vectors(x, n, [&](int64_t i, Floats v, int64_t count) {
             // Above 0 so that cutting the fraction off rounds to the nearest.
             const Floats above = at_least(at_most(v * up, splat(127.0F)), splat(-127.0F)) + 128.5F;
-            store_part(out + i, __builtin_convertvector(__builtin_convertvector(above, Ints) - 128, Bytes), count);
+            store_part(out + i, __builtin_convertvector(whole(above) - 128U, Bytes), count);
         });
         __builtin_memset(out + n, 0, static_cast<size_t>(block - n));
         int32_t total = 0;
@@ -386,14 +390,14 @@ template <class Isa> struct Loops {
             }
             return;
         }
-        alignas(64) int32_t whole[BLOCKS_AT_ONCE * SIZE];
+        alignas(64) int32_t products[BLOCKS_AT_ONCE * SIZE];
         const auto *        scale = reinterpret_cast<const float *>(panel + p.panel_values_bytes());
         const float *       sum   = scale + p.n_blocks * KERNEL.nr;
         for (int64_t first = 0; first < p.n_blocks; first += BLOCKS_AT_ONCE) {
             const int64_t last = first + BLOCKS_AT_ONCE < p.n_blocks ? first + BLOCKS_AT_ONCE : p.n_blocks;
             for (int64_t b = first; b < last; b++) {
                 KERNEL.run(rows + b * p.block, row_bytes, panel + b * p.block * KERNEL.nr, p.block / KERNEL.kp,
-                           whole + (b - first) * SIZE);
+                           products + (b - first) * SIZE);
             }
             for (int r = 0; r < KERNEL.mr; r++) {
                 const auto * row_scale = reinterpret_cast<const float *>(rows + static_cast<size_t>(r) * row_bytes +
@@ -402,7 +406,7 @@ template <class Isa> struct Loops {
                 for (int j = 0; j < KERNEL.nr; j += LANES) {
                     Floats value = first == 0 ? Floats{} : load(tile + r * KERNEL.nr + j);
                     for (int64_t b = first; b < last; b++) {
-                        const int32_t * at = whole + (b - first) * SIZE + r * KERNEL.nr + j;
+                        const int32_t * at = products + (b - first) * SIZE + r * KERNEL.nr + j;
                         value += __builtin_convertvector(load(at), Floats) * (load(scale + b * KERNEL.nr + j) * row_scale[b]);
                         value += load(sum + b * KERNEL.nr + j) * offset[b];
                     }
@@ -670,12 +674,12 @@ template <class Isa> struct Loops {
         const float     to_log2  = task.scale * LOG2_E;
         const Floats    shift    = most * to_log2 - LOG2_255;
         const int64_t   n_words  = m.pv.kp / 4;
-        Ints            total    = {};
+        Words           total    = {};
         const auto      weight   = [&](int64_t key) {
             const Floats e = exp2_rough(load(m.scores + key * m.qk.nr + lane) * to_log2 - shift);
-            const Ints   q = __builtin_convertvector(e + 0.5F, Ints);
+            const Words  q = whole(e + 0.5F);
             total += q;
-            return bits<Words>(q);
+            return q;
         };
         for (int64_t t = 0; t < m.pv.n_padded(); t += 4) {
             Words word = {};
@@ -690,7 +694,7 @@ template <class Isa> struct Loops {
         }
         // Scores that are no numbers have left no trace in whole ones.
         const auto * scale = reinterpret_cast<const float *>(m.queries + m.qk.panel_values_bytes());
-        return __builtin_convertvector(total, Floats) + (load(scale + lane) * 0.0F + m.poison[0]);
+        return __builtin_convertvector(bits<Ints>(total), Floats) + (load(scale + lane) * 0.0F + m.poison[0]);
     }
 
     template <int PER_WORD, class Convert>

@@ -65,7 +65,7 @@ struct F32 : Portable {
 
 struct Isa {
     static constexpr float INT8_MAX_ROW  = 255.0F;
-    static constexpr int   INT8_ROW_BIAS = 128;
+    static constexpr unsigned INT8_ROW_BIAS = 128;
 
     static constexpr MicroKernel int8() { return micro_kernel<Int8, 2, 4>(); }
     static constexpr MicroKernel bf16() { return micro_kernel<Bf16, 2, 4>(); }
