@@ -38,8 +38,8 @@ void to_float(const ggml_tensor * weight, const char * row, float * out, int64_t
 }  // namespace
 
 AlignedMemory allocate_aligned(size_t bytes) {
-    const size_t alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : ALIGNMENT;
-    const size_t size      = round_up(std::max<size_t>(bytes, 1), alignment);
+    const size_t  alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : ALIGNMENT;
+    const size_t  size      = round_up(std::max<size_t>(bytes, 1), alignment);
     AlignedMemory memory(static_cast<char *>(std::aligned_alloc(alignment, size)));
     if (!memory) {
         throw std::bad_alloc();
@@ -92,9 +92,9 @@ PackedWeights::PackedWeights(const Kernels & kernels, const std::vector<Source> 
     }
     memory_ = allocate_aligned(total);
 
-    std::vector<Unit>             units;
+    std::vector<Unit>                 units;
     std::vector<std::atomic<int64_t>> left(sources.size());  // panels of each source
-    char *                        at = memory_.get();
+    char *                            at = memory_.get();
     for (size_t i = 0; i < sources.size(); i++) {
         const Source & source = sources[i];
         for (int64_t panel = 0; panel < source.shape.n_panels(); panel++) {

@@ -54,7 +54,7 @@ class PackedWeights {
     const char * panels_of(const ggml_tensor * weight) const;
 
   private:
-    AlignedMemory                                       memory_;
+    AlignedMemory                                         memory_;
     std::unordered_map<const ggml_tensor *, const char *> panels_;
 };
 

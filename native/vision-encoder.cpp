@@ -54,12 +54,9 @@ struct NamedPrecision {
 };
 
 constexpr NamedPrecision PRECISIONS[] = {
-    { "ggml", Precision::GGML },
-    { "int8", Precision::INT8 },
-    { "int8-fast", Precision::INT8_FAST },
-    { "int8-block32", Precision::INT8_BLOCK32 },
-    { "bf16", Precision::BF16 },
-    { "f32", Precision::F32 },
+    { "ggml", Precision::GGML },           { "int8", Precision::INT8 },
+    { "int8-fast", Precision::INT8_FAST }, { "int8-block32", Precision::INT8_BLOCK32 },
+    { "bf16", Precision::BF16 },           { "f32", Precision::F32 },
 };
 
 bool is_cpu(ggml_backend_dev_t device) {
@@ -132,9 +129,9 @@ VisionEncoder::VisionEncoder(const std::string & path, const Options & options) 
 }
 
 const char * VisionEncoder::precision() const {
-    return std::find_if(std::begin(PRECISIONS), std::end(PRECISIONS), [this](const NamedPrecision & named) {
-               return named.precision == precision_;
-           })->name;
+    return std::find_if(std::begin(PRECISIONS), std::end(PRECISIONS),
+                        [this](const NamedPrecision & named) { return named.precision == precision_; })
+        ->name;
 }
 
 const char * VisionEncoder::kernels() const {

@@ -51,8 +51,8 @@ class VisionEncoder {
     void        prepare(int64_t n_images, bool with_kernels);
     void        load_pixels(const float * pixels);
     VisionGraph build(int64_t n_images, bool with_kernels) const;
-    void encode_batch(const float * pixels, int64_t n_images, float * tokens, ImportanceCollector * collector);
-    void compute(ggml_cgraph * graph);
+    void        encode_batch(const float * pixels, int64_t n_images, float * tokens, ImportanceCollector * collector);
+    void        compute(ggml_cgraph * graph);
     // The graph in parts that end with each node that is `wanted`, which `computed` is then told.
     void compute_in_parts(const std::function<bool(const ggml_tensor *)> & wanted,
                           const std::function<void(const ggml_tensor *)> & computed);

@@ -12,12 +12,7 @@ class Builder {
   public:
     // With `kernels`, matrix products and attention are nodes of ours; without, ggml's own operations.
     Builder(ggml_context * ctx, const VisionModel & model, int64_t n_images, Attention attention, KernelNodes * kernels)
-        : ctx_(ctx),
-          model_(model),
-          h_(model.hparams),
-          n_images_(n_images),
-          attention_(attention),
-          kernels_(kernels) {}
+        : ctx_(ctx), model_(model), h_(model.hparams), n_images_(n_images), attention_(attention), kernels_(kernels) {}
 
     // pixels [W, H, 3, b] -> [n_embd_text, n_tokens, b]
     ggml_tensor * build(ggml_tensor * pixels) {
@@ -117,7 +112,7 @@ class Builder {
     ggml_tensor * transformer_block(const VisionBlock & block, ggml_tensor * x) {
         const Rows    y      = rows(x, &block.ln1, Part::TOWER);
         ggml_tensor * values = attention(linear(block.q, y), linear(block.k, y), linear(block.v, y));
-        x = linear(block.out, rows(values, nullptr, Part::TOWER), Epilogue::RESIDUAL, x);
+        x                    = linear(block.out, rows(values, nullptr, Part::TOWER), Epilogue::RESIDUAL, x);
 
         ggml_tensor * inner = linear(block.fc1, rows(x, &block.ln2, Part::TOWER), Epilogue::GELU_TANH);  // [n_ff, p*b]
         return linear(block.fc2, rows(inner, nullptr, Part::TOWER), Epilogue::RESIDUAL, x);

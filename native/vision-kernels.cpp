@@ -141,8 +141,8 @@ ggml_tensor * KernelNodes::linear(ggml_context * ctx, const Linear & layer, cons
         packing.n_out   = node.n_out;
         packing.weight  = node.weight;
         // Behind the rows, so that the memory plan holds the panels of one product at a time.
-        sources.push_back(custom<compute_panels>(ctx, packing, "panels", GGML_TYPE_I8, static_cast<int64_t>(shape.bytes()), 1,
-                                                 { rows.tensor }));
+        sources.push_back(custom<compute_panels>(ctx, packing, "panels", GGML_TYPE_I8,
+                                                 static_cast<int64_t>(shape.bytes()), 1, { rows.tensor }));
     }
     if (residual != nullptr) {
         sources.push_back(residual);
@@ -164,22 +164,22 @@ void KernelNodes::compute_panels(Node & node, ggml_tensor * dst, int thread, int
 }
 
 void KernelNodes::compute_linear(Node & node, ggml_tensor * dst, int /*thread*/, int n_threads) {
-    const bool         packed   = node.panels != nullptr;
-    const int          residual = packed ? 1 : 2;
-    const LinearTask   task{ node.packing,
+    const bool       packed   = node.panels != nullptr;
+    const int        residual = packed ? 1 : 2;
+    const LinearTask task{ node.packing,
                            static_cast<const char *>(dst->src[0]->data),
                            packed ? node.panels : static_cast<const char *>(dst->src[1]->data),
                            node.bias,
-                           node.epilogue == Epilogue::RESIDUAL ? static_cast<const float *>(dst->src[residual]->data) :
-                                                                 nullptr,
+                           node.epilogue == Epilogue::RESIDUAL ? static_cast<const float *>(dst->src[residual]->data)
+                                                               : nullptr,
                            static_cast<float *>(dst->data),
                            node.n_rows,
                            node.n_out,
                            node.epilogue };
-    const int64_t n_panels = (node.n_out + node.packing.nr - 1) / node.packing.nr;
-    const int64_t n_tiles  = (node.n_rows + node.packing.mr - 1) / node.packing.mr;
-    const int64_t wanted   = UNITS_A_THREAD * n_threads;
-    const int64_t n_parts  = std::clamp<int64_t>((wanted + n_panels - 1) / n_panels, 1, n_tiles);  // of the rows
+    const int64_t    n_panels = (node.n_out + node.packing.nr - 1) / node.packing.nr;
+    const int64_t    n_tiles  = (node.n_rows + node.packing.mr - 1) / node.packing.mr;
+    const int64_t    wanted   = UNITS_A_THREAD * n_threads;
+    const int64_t    n_parts  = std::clamp<int64_t>((wanted + n_panels - 1) / n_panels, 1, n_tiles);  // of the rows
     for (int64_t unit = node.next++; unit < n_panels * n_parts; unit = node.next++) {
         const int64_t part  = unit % n_parts;
         const int64_t begin = n_tiles * part / n_parts * node.packing.mr;
@@ -192,11 +192,12 @@ void KernelNodes::compute_linear(Node & node, ggml_tensor * dst, int /*thread*/,
 
 ggml_tensor * KernelNodes::attention(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
                                      int64_t n_tokens, int64_t n_head) {
-    Node & node        = new_node();
-    node.n_rows        = n_rows_of(q);
-    node.n_tokens      = n_tokens;
-    node.n_head        = n_head;
-    ggml_tensor * out  = custom<compute_attention>(ctx, node, "attention", GGML_TYPE_F32, q->ne[0], node.n_rows, { q, k, v });
+    Node & node   = new_node();
+    node.n_rows   = n_rows_of(q);
+    node.n_tokens = n_tokens;
+    node.n_head   = n_head;
+    ggml_tensor * out =
+        custom<compute_attention>(ctx, node, "attention", GGML_TYPE_F32, q->ne[0], node.n_rows, { q, k, v });
     AttentionTask task = attention_task(node, out);
     need_scratch(kernels_.attention_scratch_bytes(task));
     return out;
@@ -206,8 +207,14 @@ AttentionTask KernelNodes::attention_task(const Node & node, const ggml_tensor *
     const auto      data   = [&](int i) { return static_cast<const float *>(dst->src[i]->data); };
     const int64_t   d_head = dst->ne[0] / node.n_head;
     const Precision p      = node.nodes->precision_;
-    return { operand_of(p, Part::TOWER), data(0),       data(1), data(2),
-             static_cast<float *>(dst->data), node.n_tokens, d_head,  dst->ne[0],
+    return { operand_of(p, Part::TOWER),
+             data(0),
+             data(1),
+             data(2),
+             static_cast<float *>(dst->data),
+             node.n_tokens,
+             d_head,
+             dst->ne[0],
              1.0F / std::sqrt(static_cast<float>(d_head)) };
 }
 

@@ -58,7 +58,7 @@ struct F32 : Vector512 {
 };
 
 struct Isa {
-    static constexpr float INT8_MAX_ROW  = 127.0F;
+    static constexpr float    INT8_MAX_ROW  = 127.0F;
     static constexpr unsigned INT8_ROW_BIAS = 0;
 
     static constexpr MicroKernel int8() { return micro_kernel<Int8, 8, 3>(); }

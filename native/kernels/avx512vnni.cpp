@@ -36,7 +36,7 @@ struct Bf16 : Vector512 {
     static constexpr int KP = 2, OPS = 64;
 
     static __m512i dot(__m512i acc, __m512i a, __m512i b) {
-        return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(acc), (__m512bh) a, (__m512bh) b));
+        return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(acc), (__m512bh)a, (__m512bh)b));
     }
 };
 
@@ -50,7 +50,7 @@ struct F32 : Vector512 {
 };
 
 struct Isa {
-    static constexpr float INT8_MAX_ROW  = 255.0F;
+    static constexpr float    INT8_MAX_ROW  = 255.0F;
     static constexpr unsigned INT8_ROW_BIAS = 0;
 
     static constexpr MicroKernel int8() { return micro_kernel<Int8, 9, 3>(); }

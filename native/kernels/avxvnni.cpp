@@ -22,7 +22,7 @@ struct Int8 : Vector256 {
 };
 
 struct Isa {
-    static constexpr float INT8_MAX_ROW  = 255.0F;
+    static constexpr float    INT8_MAX_ROW  = 255.0F;
     static constexpr unsigned INT8_ROW_BIAS = 0;
 
     static constexpr MicroKernel int8() { return micro_kernel<Int8, 6, 2>(); }

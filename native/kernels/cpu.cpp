@@ -49,7 +49,7 @@ CpuFeatures detect() {
     found.neon_dotprod = has("hw.optional.arm.FEAT_DotProd");
     found.neon_i8mm    = has("hw.optional.arm.FEAT_I8MM");
 #elif defined(__aarch64__) && defined(__linux__)
-    found.neon_dotprod = (getauxval(AT_HWCAP) & (1UL << 20)) != 0;  // HWCAP_ASIMDDP
+    found.neon_dotprod = (getauxval(AT_HWCAP) & (1UL << 20)) != 0;   // HWCAP_ASIMDDP
     found.neon_i8mm    = (getauxval(AT_HWCAP2) & (1UL << 13)) != 0;  // HWCAP2_I8MM
 #endif
     return found;

@@ -49,7 +49,8 @@ const std::vector<const Kernels *> & all_kernels() {
 #if defined(__x86_64__)
         &AVX512_VNNI, &AVX512, &AVX_VNNI, &AVX2,
 #elif defined(__aarch64__)
-        &NEON_I8MM,   &NEON_DOTPROD,
+        &NEON_I8MM,
+        &NEON_DOTPROD,
 #endif
         &PORTABLE,
     };

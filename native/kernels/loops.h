@@ -23,10 +23,10 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-using Floats        = float __attribute__((vector_size(4 * LANES)));
-using Ints          = int32_t __attribute__((vector_size(4 * LANES)));
-using Words         = uint32_t __attribute__((vector_size(4 * LANES)));
-using Bytes         = uint8_t __attribute__((vector_size(LANES)));
+using Floats = float __attribute__((vector_size(4 * LANES)));
+using Ints   = int32_t __attribute__((vector_size(4 * LANES)));
+using Words  = uint32_t __attribute__((vector_size(4 * LANES)));
+using Bytes  = uint8_t __attribute__((vector_size(LANES)));
 
 #define OMNIVLM_INLINE static inline __attribute__((always_inline))
 
@@ -266,7 +266,7 @@ template <class Isa> struct Loops {
     }
 
     static void write_int8_row(const Packing & p, const float * x, char * row) {
-        auto * scale  = reinterpret_cast<float *>(row + p.row_values_bytes());
+        auto *  scale  = reinterpret_cast<float *>(row + p.row_values_bytes());
         float * offset = scale + p.n_blocks;
         for (int64_t b = 0; b < p.n_blocks; b++) {
             const int64_t first = b * p.block;
@@ -400,14 +400,15 @@ template <class Isa> struct Loops {
                            products + (b - first) * SIZE);
             }
             for (int r = 0; r < KERNEL.mr; r++) {
-                const auto * row_scale = reinterpret_cast<const float *>(rows + static_cast<size_t>(r) * row_bytes +
-                                                                         p.row_values_bytes());
-                const float * offset   = row_scale + p.n_blocks;
+                const auto * row_scale =
+                    reinterpret_cast<const float *>(rows + static_cast<size_t>(r) * row_bytes + p.row_values_bytes());
+                const float * offset = row_scale + p.n_blocks;
                 for (int j = 0; j < KERNEL.nr; j += LANES) {
                     Floats value = first == 0 ? Floats{} : load(tile + r * KERNEL.nr + j);
                     for (int64_t b = first; b < last; b++) {
                         const int32_t * at = products + (b - first) * SIZE + r * KERNEL.nr + j;
-                        value += __builtin_convertvector(load(at), Floats) * (load(scale + b * KERNEL.nr + j) * row_scale[b]);
+                        value += __builtin_convertvector(load(at), Floats) *
+                                 (load(scale + b * KERNEL.nr + j) * row_scale[b]);
                         value += load(sum + b * KERNEL.nr + j) * offset[b];
                     }
                     if (last < p.n_blocks) {
@@ -455,22 +456,23 @@ template <class Isa> struct Loops {
     template <Operand OPERAND, class Finish>
     OMNIVLM_INLINE void linear_with(const LinearTask & task, int64_t panel, int64_t row_begin, int64_t row_end,
                                     Finish finish) {
-        const Packing & p              = task.packing;
-        constexpr int   NR             = micro(OPERAND).nr;
-        const char *    data           = task.panels + static_cast<size_t>(panel) * p.panel_bytes();
-        const int64_t   column         = panel * NR;
-        const int64_t   n              = task.n_out - column < NR ? task.n_out - column : NR;
+        const Packing &   p        = task.packing;
+        constexpr int     NR       = micro(OPERAND).nr;
+        const char *      data     = task.panels + static_cast<size_t>(panel) * p.panel_bytes();
+        const int64_t     column   = panel * NR;
+        const int64_t     n        = task.n_out - column < NR ? task.n_out - column : NR;
         alignas(64) float bias[NR] = {};
         __builtin_memcpy(bias, task.bias + column, static_cast<size_t>(n) * sizeof(float));
         for (int64_t row = row_begin; row < row_end; row += p.mr) {
             const int64_t n_rows = row_end - row;
-            product<OPERAND>(p, task.rows + static_cast<size_t>(row) * p.row_bytes(), data, [&](int r, int j, Floats v) {
-                const int64_t left = n - j < LANES ? n - j : LANES;
-                if (r < n_rows && left > 0) {
-                    const int64_t at = (row + r) * task.n_out + column + j;
-                    store_part(task.out + at, finish(v + load(bias + j), task.residual + at, left), left);
-                }
-            });
+            product<OPERAND>(
+                p, task.rows + static_cast<size_t>(row) * p.row_bytes(), data, [&](int r, int j, Floats v) {
+                    const int64_t left = n - j < LANES ? n - j : LANES;
+                    if (r < n_rows && left > 0) {
+                        const int64_t at = (row + r) * task.n_out + column + j;
+                        store_part(task.out + at, finish(v + load(bias + j), task.residual + at, left), left);
+                    }
+                });
         }
     }
 
@@ -481,10 +483,10 @@ template <class Isa> struct Loops {
     //   out^T   [d_head][nr]   = values^T (rows)  times  a panel of nr softmax columns
 
     struct AttentionMemory {
-        Packing qk;      // over d_head
-        Packing pv;      // over n_tokens
-        char *  keys;    // rows [n_tokens, padded to mr]
-        char *  values;  // rows [d_head, padded to mr], transposed
+        Packing qk;       // over d_head
+        Packing pv;       // over n_tokens
+        char *  keys;     // rows [n_tokens, padded to mr]
+        char *  values;   // rows [d_head, padded to mr], transposed
         char *  queries;  // a panel of qk
         char *  weights;  // a panel of pv
         float * sums;     // INT8: of a transposed row's quantised values, [d_head]
@@ -519,11 +521,11 @@ template <class Isa> struct Loops {
         m.weights              = place(static_cast<int64_t>(m.pv.panel_bytes()));
         m.sums                 = reinterpret_cast<float *>(place(n_values * 4));
         m.poison               = reinterpret_cast<float *>(place(4));
-        m.scores               = reinterpret_cast<float *>(place((n_keys > task.d_head ? n_keys : task.d_head) * m.qk.nr * 4));
-        m.row                  = reinterpret_cast<float *>(place((m.pv.n_padded() + m.qk.n_padded()) * 4 * LANES));
-        m.scratch              = place(static_cast<int64_t>(m.qk.panel_scratch_bytes()));
-        m.mean                 = reinterpret_cast<float *>(place(round_up(task.d_head, LANES) * 4));
-        m.bytes                = used;
+        m.scores  = reinterpret_cast<float *>(place((n_keys > task.d_head ? n_keys : task.d_head) * m.qk.nr * 4));
+        m.row     = reinterpret_cast<float *>(place((m.pv.n_padded() + m.qk.n_padded()) * 4 * LANES));
+        m.scratch = place(static_cast<int64_t>(m.qk.panel_scratch_bytes()));
+        m.mean    = reinterpret_cast<float *>(place(round_up(task.d_head, LANES) * 4));
+        m.bytes   = used;
         return m;
     }
 
@@ -603,8 +605,8 @@ template <class Isa> struct Loops {
     static float sum_of_row(const char * row, int64_t n) {
         int32_t sum = 0;
         for (int64_t i = 0; i < n; i++) {
-            sum += Isa::INT8_ROW_BIAS != 0 ? static_cast<int32_t>(static_cast<signed char>(row[i])) :
-                                             static_cast<int32_t>(static_cast<unsigned char>(row[i]));
+            sum += Isa::INT8_ROW_BIAS != 0 ? static_cast<int32_t>(static_cast<signed char>(row[i]))
+                                           : static_cast<int32_t>(static_cast<unsigned char>(row[i]));
         }
         return static_cast<float>(sum);
     }
@@ -642,7 +644,8 @@ template <class Isa> struct Loops {
             const int64_t n_rows = task.d_head - d < KERNEL.mr ? task.d_head - d : KERNEL.mr;
             for (int64_t r = 0; r < n_rows; r++) {
                 for (int j = 0; j < NR; j += LANES) {
-                    store(out + (d + r) * NR + j, weighted_mean<OPERAND>(m, products + r * NR + j, d + r, load(totals + j)));
+                    store(out + (d + r) * NR + j,
+                          weighted_mean<OPERAND>(m, products + r * NR + j, d + r, load(totals + j)));
                 }
             }
         }
@@ -715,9 +718,11 @@ template <class Isa> struct Loops {
     }
 
     // The panel's word `index` of each lane's column.
-    OMNIVLM_INLINE void store_word(const AttentionMemory & m, int lane, int64_t index, int64_t words_per_step, Words word) {
+    OMNIVLM_INLINE void store_word(const AttentionMemory & m, int lane, int64_t index, int64_t words_per_step,
+                                   Words word) {
         const int64_t step = index / words_per_step;
-        auto *        out  = reinterpret_cast<uint32_t *>(m.weights) + (step * m.qk.nr + lane) * words_per_step + index % words_per_step;
+        auto *        out =
+            reinterpret_cast<uint32_t *>(m.weights) + (step * m.qk.nr + lane) * words_per_step + index % words_per_step;
         if (words_per_step == 1) {
             store(out, word);
         } else {
@@ -733,14 +738,21 @@ template <class Isa> struct Loops {
             return bits<Floats>(load(products)) / total;
         }
         // The weights in the panel are 128 less than they stand for.
-        const auto * scale    = reinterpret_cast<const float *>(m.values + static_cast<size_t>(d) * m.pv.row_bytes() + m.pv.row_values_bytes());
+        const auto * scale    = reinterpret_cast<const float *>(m.values + static_cast<size_t>(d) * m.pv.row_bytes() +
+                                                                m.pv.row_values_bytes());
         const Floats weighted = __builtin_convertvector(load(products), Floats) + 128.0F * m.sums[d];
         return weighted / total * scale[0] + scale[1];
     }
 
     static constexpr Kernels table(const char * name, bool (*supported)()) {
-        return { name,        supported,   { Isa::int8(), Isa::bf16(), Isa::f32() }, write_row, write_panel, linear,
-                 attention, attention_scratch_bytes };
+        return { name,
+                 supported,
+                 { Isa::int8(), Isa::bf16(), Isa::f32() },
+                 write_row,
+                 write_panel,
+                 linear,
+                 attention,
+                 attention_scratch_bytes };
     }
 };
 

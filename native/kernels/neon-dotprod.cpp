@@ -16,7 +16,7 @@ struct Int8 : VectorNeon {
 };
 
 struct Isa {
-    static constexpr float INT8_MAX_ROW  = 255.0F;
+    static constexpr float    INT8_MAX_ROW  = 255.0F;
     static constexpr unsigned INT8_ROW_BIAS = 128;  // the instruction multiplies signed values
 
     static constexpr MicroKernel int8() { return micro_kernel<Int8, 5, 4>(); }

@@ -64,7 +64,7 @@ struct Int8 : VectorNeon {  // for the peak only
 };
 
 struct Isa {
-    static constexpr float INT8_MAX_ROW  = 255.0F;
+    static constexpr float    INT8_MAX_ROW  = 255.0F;
     static constexpr unsigned INT8_ROW_BIAS = 128;  // the instruction multiplies signed values
 
     static constexpr MicroKernel int8() { return { MR, NR, Int8::KP, int8_tile, peak<Int8, 5, 4> }; }

@@ -64,7 +64,7 @@ struct F32 : Portable {
 };
 
 struct Isa {
-    static constexpr float INT8_MAX_ROW  = 255.0F;
+    static constexpr float    INT8_MAX_ROW  = 255.0F;
     static constexpr unsigned INT8_ROW_BIAS = 128;
 
     static constexpr MicroKernel int8() { return micro_kernel<Int8, 2, 4>(); }

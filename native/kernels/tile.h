@@ -63,10 +63,10 @@ OMNIVLM_LEAF void tile(const char * rows, size_t row_bytes, const char * panel, 
 
 // `n` rounds of MR * NV dots, operands and sums in registers.
 template <class Dot, int MR, int NV> OMNIVLM_LEAF double peak(int64_t n) {
-    alignas(64) char           zeros[Dot::BYTES] = {};
-    typename Dot::Operand       a                = Dot::broadcast(zeros);
-    typename Dot::Operand       b                = Dot::load(zeros);
-    typename Dot::Vector       acc[MR * NV];
+    alignas(64) char      zeros[Dot::BYTES] = {};
+    typename Dot::Operand a                 = Dot::broadcast(zeros);
+    typename Dot::Operand b                 = Dot::load(zeros);
+    typename Dot::Vector  acc[MR * NV];
 #pragma GCC unroll 64
     for (int i = 0; i < MR * NV; i++) {
         acc[i] = Dot::zero();

@@ -49,7 +49,7 @@ Matrix random_matrix(int64_t n_rows, int64_t n, unsigned seed) {
     Matrix                          matrix(static_cast<size_t>(n_rows * n));
     for (int64_t r = 0; r < n_rows; r++) {
         for (int64_t i = 0; i < n; i++) {
-            const float value = normal(random) * (random() % 50 == 0 ? 20.0F : 1.0F);
+            const float value                      = normal(random) * (random() % 50 == 0 ? 20.0F : 1.0F);
             matrix[static_cast<size_t>(r * n + i)] = r % 3 == 0 ? std::abs(value) + 1.0F : value;
         }
     }
@@ -102,8 +102,11 @@ Operands pack(const Kernels & kernels, const Packing & p, const Matrix & x, cons
               bool row_bias) {
     const int64_t n_rows   = (m + p.mr - 1) / p.mr * p.mr;
     const int64_t n_panels = (n + p.nr - 1) / p.nr;
-    Operands      result{ p, allocate(static_cast<size_t>(n_rows) * p.row_bytes()),
-                     allocate(static_cast<size_t>(n_panels) * p.panel_bytes()), {}, {} };
+    Operands      result{ p,
+                     allocate(static_cast<size_t>(n_rows) * p.row_bytes()),
+                     allocate(static_cast<size_t>(n_panels) * p.panel_bytes()),
+                          {},
+                          {} };
     std::memset(result.rows.get(), 0, static_cast<size_t>(n_rows) * p.row_bytes());
     const Memory scratch_memory = allocate(static_cast<size_t>(p.n_padded()) * 4);
     auto *       scratch        = reinterpret_cast<float *>(scratch_memory.get());
@@ -133,9 +136,8 @@ Operands pack(const Kernels & kernels, const Packing & p, const Matrix & x, cons
         const auto * scale = reinterpret_cast<const float *>(out + p.panel_values_bytes());
         for (int64_t j = 0; j < valid; j++) {
             for (int64_t i = 0; i < p.n_in; i++) {
-                const char * at =
-                    out + ((i / p.kp * p.nr + j) * p.kp + i % p.kp) * p.value_bytes();  // [steps][nr][kp]
-                double value = 0.0;
+                const char * at = out + ((i / p.kp * p.nr + j) * p.kp + i % p.kp) * p.value_bytes();  // [steps][nr][kp]
+                double       value = 0.0;
                 if (p.operand == Operand::INT8) {
                     value = static_cast<double>(scale[i / p.block * p.nr + j]) * static_cast<signed char>(*at);
                 } else if (p.operand == Operand::BF16) {
@@ -153,10 +155,11 @@ Operands pack(const Kernels & kernels, const Packing & p, const Matrix & x, cons
 Matrix run_linear(const Kernels & kernels, const Operands & operands, const Matrix & bias, const Matrix & residual,
                   int64_t m, int64_t n, Epilogue epilogue) {
     Matrix           out(static_cast<size_t>(m * n), -7.0F);
-    const LinearTask task{ operands.packing, operands.rows.get(), operands.panels.get(), bias.data(),
-                           residual.data(),  out.data(),          m,                     n,
-                           epilogue };
-    const int64_t    middle = m / 2 / operands.packing.mr * operands.packing.mr;
+    const LinearTask task{
+        operands.packing, operands.rows.get(), operands.panels.get(), bias.data(), residual.data(), out.data(), m, n,
+        epilogue
+    };
+    const int64_t middle = m / 2 / operands.packing.mr * operands.packing.mr;
     for (int64_t panel = 0; panel * operands.packing.nr < n; panel++) {
         kernels.linear(task, panel, 0, middle);
         kernels.linear(task, panel, middle, m);
@@ -187,9 +190,8 @@ bool signed_rows(const Kernels & kernels) {
 
 void test_linear(const Kernels & kernels, Operand operand, int64_t m, int64_t n, int64_t k, int64_t block) {
     const Packing     packing = kernels.packing(operand, k, block);
-    const std::string label   = std::string(kernels.name) + " " + operand_name(operand) + " linear " +
-                              std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k) + " block " +
-                              std::to_string(block);
+    const std::string label = std::string(kernels.name) + " " + operand_name(operand) + " linear " + std::to_string(m) +
+                              "x" + std::to_string(n) + "x" + std::to_string(k) + " block " + std::to_string(block);
     const Matrix   x        = random_matrix(m, k, 1);
     const Matrix   w        = random_matrix(n, k, 2);
     Matrix         bias     = random_matrix(1, n, 3);
@@ -197,8 +199,7 @@ void test_linear(const Kernels & kernels, Operand operand, int64_t m, int64_t n,
     const Operands operands = pack(kernels, packing, x, w, m, n, signed_rows(kernels));
     const auto     exact    = product({ x.begin(), x.end() }, { w.begin(), w.end() }, m, n, k);
     const auto     stood    = product(operands.x, operands.w, m, n, k);  // of the operands as they were rounded
-    for (const Epilogue epilogue :
-         { Epilogue::NONE, Epilogue::GELU_TANH, Epilogue::GELU_ERF, Epilogue::RESIDUAL }) {
+    for (const Epilogue epilogue : { Epilogue::NONE, Epilogue::GELU_TANH, Epilogue::GELU_ERF, Epilogue::RESIDUAL }) {
         if (epilogue == Epilogue::GELU_TANH || epilogue == Epilogue::GELU_ERF) {
             bias = Matrix(static_cast<size_t>(n), 0.5F);
         }
@@ -210,8 +211,8 @@ void test_linear(const Kernels & kernels, Operand operand, int64_t m, int64_t n,
         const double error = relative_error(want, got);
         // A GELU whose result is going to be rounded to 8 bits is computed less exactly.
         const double limit = operand == Operand::INT8 && epilogue == Epilogue::GELU_TANH ? 4e-4 : 1e-5;
-        check(error < limit, label + " epilogue " + std::to_string(static_cast<int>(epilogue)) + ": error " +
-                                std::to_string(error));
+        check(error < limit,
+              label + " epilogue " + std::to_string(static_cast<int>(epilogue)) + ": error " + std::to_string(error));
     }
     std::vector<double> as_float(exact.size());
     const Matrix        zero(static_cast<size_t>(n), 0.0F);
@@ -230,11 +231,10 @@ void test_extremes(const Kernels & kernels) {
         for (size_t i = 0; i < x.size(); i += static_cast<size_t>(k)) {
             x[i] = 0.0F;  // so that the others become the largest number
         }
-        const Operands operands =
-            pack(kernels, kernels.packing(Operand::INT8, k, 0), x, w, m, n, signed_rows(kernels));
-        const Matrix none(static_cast<size_t>(m * n), 0.0F);
-        const Matrix got  = run_linear(kernels, operands, none, none, m, n, Epilogue::NONE);
-        const auto   want = product({ x.begin(), x.end() }, { w.begin(), w.end() }, m, n, k);
+        const Operands operands = pack(kernels, kernels.packing(Operand::INT8, k, 0), x, w, m, n, signed_rows(kernels));
+        const Matrix   none(static_cast<size_t>(m * n), 0.0F);
+        const Matrix   got  = run_linear(kernels, operands, none, none, m, n, Epilogue::NONE);
+        const auto     want = product({ x.begin(), x.end() }, { w.begin(), w.end() }, m, n, k);
         check(relative_error(want, got) < 1e-5, std::string(kernels.name) + " int8 saturates");
     }
 }
@@ -242,10 +242,10 @@ void test_extremes(const Kernels & kernels) {
 void test_not_numbers(const Kernels & kernels, Operand operand) {
     const int64_t m = 10, n = 20, k = 100;
     for (const float bad : { std::nanf(""), INFINITY }) {
-        Matrix x                             = random_matrix(m, k, 5);
-        Matrix w                             = random_matrix(n, k, 6);
-        x[static_cast<size_t>(3 * k + 99)]   = bad;
-        w[static_cast<size_t>(7 * k + 42)]   = bad;
+        Matrix x                           = random_matrix(m, k, 5);
+        Matrix w                           = random_matrix(n, k, 6);
+        x[static_cast<size_t>(3 * k + 99)] = bad;
+        w[static_cast<size_t>(7 * k + 42)] = bad;
         const Operands operands = pack(kernels, kernels.packing(operand, k, 32), x, w, m, n, signed_rows(kernels));
         const Matrix   none(static_cast<size_t>(m * n), 0.0F);
         const Matrix   got = run_linear(kernels, operands, none, none, m, n, Epilogue::NONE);
@@ -313,7 +313,8 @@ void test_attention(const Kernels & kernels, Operand operand, int64_t n, int64_t
         for (int64_t j = 0; j < n; j++) {
             double dot = 0.0;
             for (int64_t c = 0; c < d; c++) {
-                dot += static_cast<double>(q[static_cast<size_t>(i * stride + c)]) * k[static_cast<size_t>(j * stride + c)];
+                dot += static_cast<double>(q[static_cast<size_t>(i * stride + c)]) *
+                       k[static_cast<size_t>(j * stride + c)];
             }
             weights.push_back(dot * static_cast<double>(scale));
             largest = std::max(largest, weights.back());
@@ -343,8 +344,13 @@ void test_attention(const Kernels & kernels, Operand operand, int64_t n, int64_t
 void test(const Kernels & kernels) {
     const int before = failures;
     for (const Operand operand : { Operand::INT8, Operand::BF16, Operand::F32 }) {
-        for (const auto & [m, n, k] : std::vector<std::array<int64_t, 3>>{
-                 { 1, 1, 1 }, { 2, 3, 5 }, { 9, 48, 64 }, { 10, 49, 100 }, { 30, 130, 538 }, { 17, 96, 1152 }, { 8, 65, 4304 } }) {
+        for (const auto & [m, n, k] : std::vector<std::array<int64_t, 3>>{ { 1, 1, 1 },
+                                                                           { 2, 3, 5 },
+                                                                           { 9, 48, 64 },
+                                                                           { 10, 49, 100 },
+                                                                           { 30, 130, 538 },
+                                                                           { 17, 96, 1152 },
+                                                                           { 8, 65, 4304 } }) {
             for (const int64_t block : { 0, 32, 576 }) {
                 if (operand == Operand::INT8 || block == 0) {
                     test_linear(kernels, operand, m, n, k, block);
@@ -352,7 +358,8 @@ void test(const Kernels & kernels) {
             }
         }
         test_not_numbers(kernels, operand);
-        for (const auto & [n, d] : std::vector<std::array<int64_t, 2>>{ { 1, 8 }, { 9, 72 }, { 81, 32 }, { 131, 72 }, { 50, 17 } }) {
+        for (const auto & [n, d] :
+             std::vector<std::array<int64_t, 2>>{ { 1, 8 }, { 9, 72 }, { 81, 32 }, { 131, 72 }, { 50, 17 } }) {
             test_attention(kernels, operand, n, d);
         }
     }
@@ -377,18 +384,30 @@ void speed(const Kernels & kernels) {
             peak               = std::max(peak, ops / (seconds() - start));
         }
         std::printf("%-14s %-5s peak %7.1f GOP/s", kernels.name, operand_name(operand), peak / 1e9);
-        for (const auto & [n, k, block] : std::vector<std::array<int64_t, 3>>{ { 1152, 1152, 576 }, { 4352, 1152, 576 }, { 1152, 4352, 576 }, { 1152, 1152, 0 }, { 1152, 1152, 32 } }) {
+        for (const auto & [n, k, block] : std::vector<std::array<int64_t, 3>>{ { 1152, 1152, 576 },
+                                                                               { 4352, 1152, 576 },
+                                                                               { 1152, 4352, 576 },
+                                                                               { 1152, 1152, 0 },
+                                                                               { 1152, 1152, 32 } }) {
             if (operand != Operand::INT8 && block != 576) {
                 continue;
             }
-            const int64_t  m        = 729;
-            const Matrix   x        = random_matrix(m, k, 1);
-            const Matrix   w        = random_matrix(n, k, 2);
-            const Matrix   bias(static_cast<size_t>(n), 0.0F);
-            const Operands operands = pack(kernels, kernels.packing(operand, k, block), x, w, m, n, false);
-            double         best     = 1e9;
-            Matrix         out(static_cast<size_t>(m * n));
-            const LinearTask task{ operands.packing, operands.rows.get(), operands.panels.get(), bias.data(), bias.data(), out.data(), m, n, Epilogue::NONE };
+            const int64_t    m = 729;
+            const Matrix     x = random_matrix(m, k, 1);
+            const Matrix     w = random_matrix(n, k, 2);
+            const Matrix     bias(static_cast<size_t>(n), 0.0F);
+            const Operands   operands = pack(kernels, kernels.packing(operand, k, block), x, w, m, n, false);
+            double           best     = 1e9;
+            Matrix           out(static_cast<size_t>(m * n));
+            const LinearTask task{ operands.packing,
+                                   operands.rows.get(),
+                                   operands.panels.get(),
+                                   bias.data(),
+                                   bias.data(),
+                                   out.data(),
+                                   m,
+                                   n,
+                                   Epilogue::NONE };
             for (int i = 0; i < 7; i++) {
                 const double start = seconds();
                 for (int64_t panel = 0; panel * operands.packing.nr < n; panel++) {
@@ -397,20 +416,23 @@ void speed(const Kernels & kernels) {
                 best = std::min(best, seconds() - start);
             }
             const double rate = 2.0 * static_cast<double>(m * n * k) / best;
-            std::printf("  %ldx%ld/%ld %6.1f (%.0f %%)", static_cast<long>(k), static_cast<long>(n), static_cast<long>(block), rate / 1e9, 100 * rate / peak);
+            std::printf("  %ldx%ld/%ld %6.1f (%.0f %%)", static_cast<long>(k), static_cast<long>(n),
+                        static_cast<long>(block), rate / 1e9, 100 * rate / peak);
         }
         const int64_t n = 729, d = 72, stride = 1152;
-        const Matrix q = random_matrix(n, stride, 10), k = random_matrix(n, stride, 11), v = random_matrix(n, stride, 12);
-        Matrix out(q.size());
+        const Matrix  q = random_matrix(n, stride, 10), k = random_matrix(n, stride, 11),
+                     v = random_matrix(n, stride, 12);
+        Matrix              out(q.size());
         const AttentionTask task{ operand, q.data(), k.data(), v.data(), out.data(), n, d, stride, 0.118F };
-        const Memory scratch = allocate(kernels.attention_scratch_bytes(task));
-        double best = 1e9;
+        const Memory        scratch = allocate(kernels.attention_scratch_bytes(task));
+        double              best    = 1e9;
         for (int i = 0; i < 7; i++) {
             const double start = seconds();
             kernels.attention(task, 0, n, scratch.get());
             best = std::min(best, seconds() - start);
         }
-        std::printf("  attention %.3f ms (%.1f GOP/s)\n", best * 1e3, 4.0 * static_cast<double>(n * n * d) / best / 1e9);
+        std::printf("  attention %.3f ms (%.1f GOP/s)\n", best * 1e3,
+                    4.0 * static_cast<double>(n * n * d) / best / 1e9);
     }
 }
 
