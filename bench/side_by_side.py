@@ -6,7 +6,8 @@
 MODEL_DIR is what `bench/synthetic.py` wrote; what the others need is made of it, once,
 in MODEL_DIR/side_by_side, with the logs of all. Every contender has a process of its own; they take
 turns, so that all see the same state of the machine, and those that wait are stopped. All of them
-together need about 16 GB of memory.
+together need about 16 GB of memory. Needs the extra `bench`; PyTorch and OpenVINO, which the extra
+`contenders` brings, are recorded as skipped where they are not installed.
 
 One JSON object for each contender and number of threads is appended to
 bench/results/side_by_side.jsonl; bench/report.py makes the README's tables of the newest run,

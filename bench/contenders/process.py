@@ -104,8 +104,8 @@ class Worker:
         started = time.perf_counter()
         tokens = self._loaded.encode(converted)
         seconds = time.perf_counter() - started
-        if len(tokens) != count or not np.isfinite(tokens).all():
-            raise ValueError(f"{tokens.shape} image tokens, or what is no number among them")
+        if len(tokens) != count or not tokens.size or not np.isfinite(tokens).all():
+            raise ValueError(f"encoded into {list(tokens.shape)} values, or into what is no number")
         return seconds
 
     def answer(self, question: Question) -> Timed:

@@ -10,6 +10,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from gguf import GGUFReader
 from llama_cpp import mtmd_cpp as mtmd
 
 from .base import (
@@ -62,8 +63,9 @@ class StockEncoder:
         params.warmup = False
         self.context = mtmd.mtmd_init_from_file(str(mmproj).encode(), text_model, params)
         _check(self.context is not None, "mtmd_init_from_file")
-        self._width = llama_cpp.llama_model_n_embd(text_model)
-        self.side = _image_size(mmproj)
+        fields = GGUFReader(mmproj).fields
+        self._width = int(fields["clip.vision.projection_dim"].contents())
+        self.side = int(fields["clip.vision.image_size"].contents())
 
     def convert(self, pixels: Pixels) -> list[tuple[Any, Any]]:
         return [self.chunk(picture) for picture in pixels]
@@ -185,12 +187,6 @@ def _load_text(path: Path, vocab_only: bool = False) -> Any:
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     _check(model is not None, "llama_model_load_from_file")
     return model
-
-
-def _image_size(mmproj: Path) -> int:
-    from gguf import GGUFReader
-
-    return int(GGUFReader(mmproj).fields["clip.vision.image_size"].contents())
 
 
 def _vision_file(files: Files) -> Path:
