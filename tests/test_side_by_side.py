@@ -129,6 +129,20 @@ def test_a_contender_that_is_not_installed_is_skipped_with_the_reason(
     assert "No module named 'openvino'" in side_by_side.line(skipped)
 
 
+@pytest.mark.parametrize("contender", ANSWERERS, ids=lambda contender: contender.name)
+def test_answerers(contender: Contender, files: Files, photo: Path) -> None:
+    child = Child(contender, files)
+    try:
+        child.ask("prepare")
+        child.ask("load", 1)
+        timed = child.ask("answer", Question(photo, "You are 1.", "What is it?"))
+    finally:
+        child.close()
+    assert 0 < timed.encode < timed.first_token
+    assert 0 < timed.prefill < timed.first_token
+    assert timed.prompt_tokens > 10
+
+
 def test_a_contender_that_fails_says_why(files: Files, photo: Path) -> None:
     child = Child(OURS, Files(files.text, files.mmproj.with_name("absent.gguf"), files.scratch))
     with pytest.raises(ChildError, match="absent.gguf") as caught:

@@ -30,6 +30,6 @@ ENCODERS = (
 ANSWERERS = (
     Contender(STOCK_ANSWERER, "stock", {"text": "f16"}),
     Contender("llama.cpp F16, text Q4_K_M", "stock", {"text": "q4_k_m"}),
-    Contender("ours, F16 files", "ours", {"precision": "auto", "files": "f16"}),
-    Contender("ours, 4-bit files", "ours", {"precision": "auto", "files": "4-bit"}),
+    Contender("ours, F16 files", "ours", {"precision": "auto", "build": "f16"}),
+    Contender("ours, 4-bit files", "ours", {"precision": "auto", "build": "4-bit"}),
 )

@@ -21,20 +21,22 @@ LIBRARIES = ("omnivlm-edge", "llama-cpp-python")
 FOUR_BITS = "q4_k_m"  # the recipe of the smallest files that the README recommends
 
 
-def prepare(files: Files, *, precision: str, **kind: str) -> None:
+def prepare(files: Files, *, precision: str, build: str | None = None) -> None:
     """Quantizes both files, where it is the 4-bit files that shall answer."""
-    if kind.get("files") != "4-bit":
+    if build != "4-bit":
         return
     for source, output in zip((files.text, files.mmproj), _small(files), strict=True):
         if not is_current(output, source):
             quantize_file(source, output, FOUR_BITS)
 
 
-def load(files: Files, threads: int, *, precision: str, **kind: str) -> OurEncoder | OurAnswerer:
-    """An encoder in this precision; an answerer where the kind of its `files` is given."""
-    if not kind:
+def load(
+    files: Files, threads: int, *, precision: str, build: str | None = None
+) -> OurEncoder | OurAnswerer:
+    """An encoder in this precision; an answerer where a build is named, `f16` or `4-bit`."""
+    if build is None:
         return OurEncoder(files.mmproj, threads, precision)
-    text, mmproj = _small(files) if kind["files"] == "4-bit" else (files.text, files.mmproj)
+    text, mmproj = _small(files) if build == "4-bit" else (files.text, files.mmproj)
     return OurAnswerer(text, mmproj, threads, precision)
 
 

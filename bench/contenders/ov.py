@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
-from .base import Files, Pixels, Tokens, is_current
+from .base import Files, Pixels, SkippedError, Tokens, is_current
 
 LIBRARIES = ("openvino", "nncf")
 CALIBRATION = 4  # random pictures
@@ -25,10 +25,17 @@ def prepare(files: Files, *, precision: str) -> None:
 
 class OpenVinoEncoder:
     def __init__(self, files: Files, threads: int, *, precision: str) -> None:
-        options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        core = openvino.Core()
+        options = {
+            "INFERENCE_NUM_THREADS": threads,
+            "ENABLE_HYPER_THREADING": True,  # else it may take fewer
+            "PERFORMANCE_HINT": "LATENCY",
+        }
         if precision == "bf16":
+            if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+                raise SkippedError("OpenVINO does not compute in bf16 on this CPU")
             options["INFERENCE_PRECISION_HINT"] = "bf16"
-        model = openvino.Core().compile_model(_model_file(files, precision), "CPU", options)
+        model = core.compile_model(_model_file(files, precision), "CPU", options)
         self._request = model.create_infer_request()
         self.side = model.input(0).shape[2]
 
