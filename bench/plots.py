@@ -54,7 +54,7 @@ def plot_stages(records: Sequence[Record]) -> Figure:
         widths = [_least(record, stage) for record in answerers]
         right.barh(_names(answerers), widths, left=starts, label=stage)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
-    right.legend(fontsize=8)
+    figure.legend(loc="outside lower right", ncols=len(STAGES), fontsize=8)
     _label(left, "seconds to encode a picture")
     _label(right, "seconds to the first token")
     return figure
