@@ -15,7 +15,7 @@ from omnivlm_edge.image import normalise
 from omnivlm_edge.quantize.file import output_name
 from omnivlm_edge.vision import Vision
 
-from .base import MAX_TOKENS, Files, Pixels, Question, Timed, Tokens, is_current
+from .base import MAX_TOKENS, Files, Pixels, Question, SkippedError, Timed, Tokens, is_current
 
 LIBRARIES = ("omnivlm-edge", "llama-cpp-python")
 FOUR_BITS = "q4_k_m"  # the recipe of the smallest files that the README recommends
@@ -97,8 +97,11 @@ def _small(files: Files) -> tuple[Path, Path]:
     return text, mmproj
 
 
-# Until OmniVLM and Vision have the keyword: then pass `vision_precision=precision` in both places.
+# Until OmniVLM and Vision have the keyword: then pass it in both places, plainly.
 def _precision(target: Any, precision: str) -> dict[str, str]:
-    if "vision_precision" in inspect.signature(target).parameters:
-        return {"vision_precision": precision}
-    return {}
+    for keyword in ("vision_precision", "precision"):
+        if keyword in inspect.signature(target).parameters:
+            return {keyword: precision}
+    if precision == "auto":
+        return {}
+    raise SkippedError(f"this version has one way to encode, not {precision}")
