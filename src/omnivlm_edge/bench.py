@@ -100,21 +100,30 @@ def make_cases(
 ) -> list[Case]:
     """A case for each combination of threads (None: all cores) and precisions.
 
-    `settings` are further fields of `Case`. Raises OptionError, DeviceError and ImageError for what
-    cannot be run at all.
+    `settings` are further fields of `Case`. Raises OptionError, DeviceError, ModelFileError and
+    ImageError for what cannot be run at all, a model larger than the memory among it.
     """
     for precision in precisions:
         if precision not in VISION_PRECISIONS:
             names = ", ".join(VISION_PRECISIONS)
             raise OptionError(f"the precision is '{precision}': it must be one of {names}")
-    select_device(settings.get("device", "auto"))
     load_image(image)
     places = (str(files.text), str(files.mmproj), str(image), files.variant)
     combinations = product(precisions, dict.fromkeys(map(check_threads, threads)))
-    return [
+    cases = [
         Case(*places, n_threads=n_threads, precision=precision, **settings)
         for precision, n_threads in combinations
     ]
+    for case in cases:
+        device = select_device(case.device)
+        check_fits(_memory_needed(case), device.memory_total, device.name)
+    return cases
+
+
+def _memory_needed(case: Case) -> int:
+    text, vision = inspect_file(Path(case.text)), inspect_file(Path(case.mmproj))
+    needed = memory_needed(text, vision, DEFAULT_N_CTX)
+    return needed - vision.size if case.low_memory else needed
 
 
 def write_made_picture(directory: Path) -> Path:
@@ -144,7 +153,6 @@ def run_cases(
         messages: list[Record] = []
         try:
             record = facts.of(case)
-            facts.check_memory(case)
             for message in _run_child(case, meter):
                 messages.append(message)
                 progress(1)
@@ -257,13 +265,6 @@ class _Facts:
             "partial": False,
             "error": None,
         }
-
-    def check_memory(self, case: Case) -> None:
-        """Raises DeviceError when a case cannot fit the memory that it is to run in."""
-        text, vision = self._file(case.text), self._file(case.mmproj)
-        needed = memory_needed(text, vision, DEFAULT_N_CTX)
-        device = select_device(case.device)
-        check_fits(needed - vision.size * case.low_memory, device.memory_total, device.name)
 
     def _file(self, path: str) -> ModelFile:
         file: ModelFile = self._once(inspect_file, Path(path))

@@ -82,16 +82,18 @@ def plot_stages(records: Sequence[Record], path: Path, before: Sequence[Record] 
         )
         if len(shown) <= _MAX_LABELLED:
             left.bar_label(bars, fmt="%.4g", fontsize=6, padding=2)
-        right.barh(i, (peak_memory(record) or 0) / 1e6, 0.8, color=f"C{i}")
+        memory = right.barh(i, (peak_memory(record) or 0) / 1e6, 0.8, color=f"C{i}")
+        right.bar_label(memory, fmt="%.0f", fontsize=6, padding=2)
     left.set_yticks(range(len(STAGES)), [stage.replace("_", " ") for stage in STAGES])
     left.set_xlabel("ms (mean ± deviation)")
     right.set_xlabel("peak memory (MB)")
     right.set_yticks([])
     for axes in (left, right):
+        axes.margins(x=0.15)
         axes.invert_yaxis()
         axes.grid(color="0.9", axis="x")
         axes.set_axisbelow(True)
-    left.legend(fontsize=7)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=7)
     _save(figure, path)
 
 
