@@ -156,6 +156,7 @@ def run_cases(
             for message in _run_child(case, meter):
                 messages.append(message)
                 progress(1)
+            record |= facts.limits(case)
         except OmniVLMError as exc:
             record["error"] = str(exc)
             progress(case.steps - len(messages))
@@ -258,13 +259,30 @@ class _Facts:
             "prompt": case.prompt,
             "max_tokens": case.max_tokens,
             "repeats": case.repeats,
-            "peak_gops": self._once(peak_gops, case.precision, case.n_threads) if on_cpu else None,
-            "peak_gbs": self._once(peak_bandwidth, case.n_threads) if on_cpu else None,
+            **self.limits(case),
             "encode_operations": encode_operations(vision),
             "decode_bytes": decode_bytes(text),
             "partial": False,
             "error": None,
         }
+
+    def limits(self, case: Case) -> Record:
+        """The most that the machine has done so far with a case's threads; None on a GPU.
+
+        It is measured anew at every call, because others may have kept the machine busy before.
+        """
+        if select_device(case.device).kind != "cpu":
+            return {"peak_gops": None, "peak_gbs": None}
+        gops = peak_gops(case.precision, case.n_threads)
+        gbs = peak_bandwidth(case.n_threads)
+        return {
+            "peak_gops": gops and self._most(("gops", case.precision, case.n_threads), gops),
+            "peak_gbs": self._most(("gbs", case.n_threads), gbs),
+        }
+
+    def _most(self, key: tuple[Any, ...], value: float) -> float:
+        self._known[key] = max(value, self._known.get(key, value))
+        return float(self._known[key])
 
     def _file(self, path: str) -> ModelFile:
         file: ModelFile = self._once(inspect_file, Path(path))
