@@ -26,7 +26,7 @@ from PIL import Image
 
 from command import COMMAND, run
 from omnivlm_edge import DeviceError, OmniVLM, OptionError, bench, machine, memory, power
-from omnivlm_edge.cli import bench_tables
+from omnivlm_edge.cli import bench_tables, main
 from omnivlm_edge.model_file import inspect_file
 from omnivlm_edge.models import find_model
 from omnivlm_edge.values import VISION_PRECISIONS
@@ -263,10 +263,27 @@ def test_a_progress_bar_on_a_terminal() -> None:
         (["--compare", "absent.json"], 1, "absent.json: cannot be read"),
     ],
 )
-def test_wrong_usage(arguments: list[str], code: int, message: str) -> None:
-    shown = run("bench", "demo", *arguments)
-    assert (shown.returncode, shown.stdout) == (code, "")
-    assert message in shown.stderr
+def test_wrong_usage(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["omnivlm-edge", "bench", "demo", *arguments])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert message in shown.err
+
+
+def test_wrong_usage_of_the_program() -> None:
+    shown = run("bench", "demo", "--precision", "int9")
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert "'int9' is not one of 'auto', 'int8'" in shown.stderr
 
 
 def test_cases_are_checked_in_python_as_well() -> None:
@@ -357,17 +374,18 @@ def test_ctrl_c_keeps_what_a_case_has_measured(steps: int, kept: int) -> None:
         assert "partial: interrupted" in bench_tables.render(records, "md")
 
 
-def test_a_case_that_is_killed_is_an_error_and_the_next_one_follows(tmp_path: Path) -> None:
+def test_a_case_that_is_killed_is_an_error_beside_the_others(tmp_path: Path) -> None:
     with start("-t", "1,2", "-r", 1, "--plot", tmp_path / "plot.png") as process:
-        bench_child(process).kill()
+        first = bench_child(process)
+        bench_child(process, first.pid).kill()
         stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert (
-        "Error: CPU, precision auto, 1 thread: its process was killed; was there enough memory?"
+        "Error: CPU, precision auto, 2 threads: its process was killed; was there enough memory?"
     ) in stderr
     rows = [line.split("|")[5:7] for line in stdout.splitlines() if "demo-F16 " in line]
-    assert [threads.strip() for threads, _ in rows] == ["1", *["2"] * len(bench.STAGES)]
-    assert rows[0][1].strip() == "failed"
+    assert [threads.strip() for threads, _ in rows] == [*"1" * len(bench.STAGES), "2"]
+    assert rows[-1][1].strip() == "failed"
     assert (tmp_path / "plot.png").exists()
 
 
@@ -388,6 +406,15 @@ def test_a_case_that_fails_says_why(tmp_path: Path) -> None:
     text = bench_tables.render([damaged], "md")
     assert damaged["error"] in text
     assert len(list(csv.DictReader(bench_tables.render([damaged], "csv").splitlines()))) == 1
+
+
+def test_a_device_that_disappears(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = bench.select_device("cpu")
+    monkeypatch.setattr(bench, "select_device", lambda name: cpu)  # it was there a moment ago
+    records: list[dict[str, Any]] = []
+    bench.run_cases([replace(case(), device="CUDA7"), case()], records)
+    assert "device 'CUDA7' does not exist here: there is CPU" in records[0]["error"]
+    assert records[1]["error"] is None
 
 
 @pytest.mark.parametrize(

@@ -145,18 +145,21 @@ def run_cases(
     A case that fails leaves a record with its `error`, and the next one follows. On
     KeyboardInterrupt, which is passed on, what the running case has measured is kept, too, and all
     records are marked as `partial`. `progress` is told of steps done (see `Case.steps`).
+
+    Raises DeviceError and ModelFileError for what can be told before the first case.
     """
     meter = meter or find_meter()
     facts = _Facts()
-    for case in cases:
-        record: Record = {}
+    planned = [facts.of(case) for case in cases]
+    for case, record in zip(cases, planned, strict=True):
+        record["test_time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         messages: list[Record] = []
         try:
-            record = facts.of(case)
+            record |= facts.limits(case)
             for message in _run_child(case, meter):
                 messages.append(message)
                 progress(1)
-            record |= facts.limits(case)
+            record |= facts.limits(case)  # once more: others may have kept the machine busy
         except OmniVLMError as exc:
             record["error"] = str(exc)
             progress(case.steps - len(messages))
@@ -238,7 +241,7 @@ class _Facts:
         on_cpu = device.kind == "cpu"
         gpus = [gpu.description for gpu in available_devices() if gpu.kind != "cpu"]
         return {
-            "test_time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "test_time": None,
             "version": version("omnivlm-edge"),
             "build_commit": self._once(commit),
             "llama_cpp_python": version("llama-cpp-python"),
@@ -259,7 +262,8 @@ class _Facts:
             "prompt": case.prompt,
             "max_tokens": case.max_tokens,
             "repeats": case.repeats,
-            **self.limits(case),
+            "peak_gops": None,
+            "peak_gbs": None,
             "encode_operations": encode_operations(vision),
             "decode_bytes": decode_bytes(text),
             "partial": False,
@@ -267,12 +271,12 @@ class _Facts:
         }
 
     def limits(self, case: Case) -> Record:
-        """The most that the machine has done so far with a case's threads; None on a GPU.
+        """The most that the machine has done so far with a case's threads; nothing on a GPU.
 
-        It is measured anew at every call, because others may have kept the machine busy before.
+        It is measured anew at every call.
         """
         if select_device(case.device).kind != "cpu":
-            return {"peak_gops": None, "peak_gbs": None}
+            return {}
         gops = peak_gops(case.precision, case.n_threads)
         gbs = peak_bandwidth(case.n_threads)
         return {

@@ -22,7 +22,7 @@ _FEATURES = re.compile(
     r"avx|amx_|fma$|f16c$|sse4_2$|hypervisor$"
     r"|(asimd|asimddp|asimdhp|fphp|i8mm|bf16|sve|sve2|sme|svei8mm)$"
 )
-_BANDWIDTH_BYTES = 512_000_000  # more than caches hold
+_BANDWIDTH_BYTES = 256_000_000  # more than caches hold
 _BANDWIDTH_PASSES = 10
 _CHUNK = 16_000_000  # bytes that a thread reads at once
 
