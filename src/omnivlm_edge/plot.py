@@ -90,6 +90,7 @@ def plot_stages(records: Sequence[Record], path: Path, before: Sequence[Record] 
     right.set_yticks([])
     for axes in (left, right):
         axes.margins(x=0.15)
+        axes.set_xlim(left=0)
         axes.invert_yaxis()
         axes.grid(color="0.9", axis="x")
         axes.set_axisbelow(True)

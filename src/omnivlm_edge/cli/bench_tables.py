@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..bench import Record, describe_case, find_partner, peak_memory
@@ -137,10 +137,14 @@ def _conditions(record: Record) -> list[str]:
         f"llama-cpp-python {record['llama_cpp_python']}",
         f"{record['model_filename']} {record['model_size'] / 1e6:.1f} MB, "
         f"{record['mmproj_filename']} {record['mmproj_size'] / 1e6:.1f} MB; "
-        f"{picture['name']} {picture['width']} x {picture['height']}; "
+        f"{_picture(picture)}; "
         f"{record['repeats']} repeats",
     ]
     return lines + ([f"Measured limit: {', '.join(limits)}"] if limits else [])
+
+
+def _picture(about: Mapping[str, Any]) -> str:
+    return f"{about.get('name')} {about.get('width')} x {about.get('height')}"
 
 
 def _compare(before: Record, now: Record) -> str:
@@ -167,7 +171,7 @@ def _differences(before: Record, now: Record) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = _picture(value) if isinstance(value, dict) else str(value)
     return text if len(text) < 60 else text[:12] + "…"
 
 
