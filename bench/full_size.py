@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from omnivlm_edge.machine import commit, describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "full_size.jsonl"
 QUESTION = "Describe the image"
@@ -44,8 +45,8 @@ def main(model_dir: Path, repeats: int, threads: int | None, device: str) -> Non
         mmproj = model_dir / layout / "mmproj-synthetic-F16.gguf"
         record = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "machine": machine(),
+            "commit": commit(Path(__file__)),
+            "machine": describe_machine(),
             "llama_cpp_python": version("llama-cpp-python"),
             "layout": layout,
             "device": device,
@@ -124,24 +125,6 @@ def command_line(text: Path, mmproj: Path, photo: Path, threads: int, device: st
 
 def megabytes(path: Path) -> float:
     return round(path.stat().st_size / 1e6, 2)
-
-
-def machine() -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((li.split(":")[1].strip() for li in lines if li.startswith("model name")), name)
-    return {"cpu": name, "cores": os.cpu_count(), "system": platform.platform()}
-
-
-def commit() -> str:
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return result.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

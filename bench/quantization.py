@@ -17,11 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import click
-from full_size import commit, in_child, machine, measure, write_photo
+from full_size import in_child, measure, write_photo
 
 from omnivlm_edge import ModelFiles, QuantizeOptions, compare_models, quantize_file
 from omnivlm_edge.compare import read_questions
 from omnivlm_edge.device import check_threads
+from omnivlm_edge.machine import commit, describe_machine
 from omnivlm_edge.models import find_model
 from omnivlm_edge.quantize.file import output_name
 from omnivlm_edge.sources import find_pictures
@@ -59,7 +60,6 @@ def main(
         started = time.perf_counter()
         builds.append(_quantize(source, scratch / recipe, recipe, imatrix, threads))
         seconds.append(round(time.perf_counter() - started, 1))
-    # Before the losses: a child's peak memory is at least what its parent has had.
     speeds = [
         in_child(measure, files.text, files.mmproj, photo, repeats, threads, "cpu")
         for files in builds
@@ -74,8 +74,8 @@ def main(
     ):
         record = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "machine": machine(),
+            "commit": commit(Path(__file__)),
+            "machine": describe_machine(),
             "llama_cpp_python": version("llama-cpp-python"),
             "threads": threads,
             "repeats": repeats,

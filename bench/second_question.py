@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from full_size import commit, machine, write_photo
+from full_size import write_photo
+
+from omnivlm_edge.machine import commit, describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "second_question.jsonl"
 QUESTIONS = ("Describe the image", "What is the person wearing?")
@@ -55,8 +57,8 @@ def main(model_dir: Path, repeats: int, threads: int | None, device: str) -> Non
             answers[case].append(answer)
     record = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
+        "commit": commit(Path(__file__)),
+        "machine": describe_machine(),
         "llama_cpp_python": version("llama-cpp-python"),
         "device": device,
         "threads": threads,

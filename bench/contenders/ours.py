@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +13,7 @@ from omnivlm_edge.image import normalise
 from omnivlm_edge.quantize.file import output_name
 from omnivlm_edge.vision import Vision
 
-from .base import MAX_TOKENS, Files, Pixels, Question, SkippedError, Timed, Tokens, is_current
+from .base import MAX_TOKENS, Files, Pixels, Question, Timed, Tokens, is_current
 
 LIBRARIES = ("omnivlm-edge", "llama-cpp-python")
 FOUR_BITS = "q4_k_m"  # the recipe of the smallest files that the README recommends

@@ -87,6 +87,10 @@ class EmbeddingCache:
         self._remember(key, data)
         self._disk.put(key, np.ascontiguousarray(data, "<f4").tobytes())
 
+    def forget(self) -> None:
+        """Forgets what is in memory."""
+        self._memory.clear()
+
     def _remember(self, key: str, data: npt.NDArray[np.float32]) -> None:
         self._memory[key] = data
         while len(self._memory) > MEMORY_ENTRIES:

@@ -211,6 +211,13 @@ class TextDecoder:
                 last = len(chunk) - 1 if final and i == len(chunks) - 1 else len(chunk)
                 self._append(sequence, chunk, logits_from=last)
 
+    def forget(self) -> None:
+        """Forgets what closed sequences left in the context."""
+        with self._lock:
+            self._open_context()
+            for seq_id in self._free_ids:
+                self._forget(seq_id, 0)
+
     def holds(self, sequence: TokenSequence, parts: Sequence[Tokens | Embeddings]) -> bool:
         """Whether a new sequence finds all these parts in its place of the context."""
         cells = cells_of(parts)

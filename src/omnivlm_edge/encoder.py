@@ -122,6 +122,10 @@ class PictureEncoder:
         self._cache.put(key, data)
         return ImageEmbedding(data, preprocessed - started, seconds, picture.name)
 
+    def forget(self) -> None:
+        """Forgets the pictures in memory; those on disk stay."""
+        self._cache.forget()
+
     def _cache_key(self, pixels: npt.NDArray[np.uint8]) -> str:
         if self._scope is None and self.hashes is not None:
             self._scope = loaded_digest(self._path, self._loaded, self.hashes)

@@ -274,6 +274,14 @@ class OmniVLM:
             history = self.takes_questions and not self._open_encoder().hparams.single_turn
         return Chat(self, system=system, history=history)
 
+    def forget(self) -> None:
+        """Forgets pictures and prompts in memory: the next answer computes all of them anew.
+
+        What is on disk (`disk_cache`) stays. Raises ClosedError.
+        """
+        self._open_encoder().forget()
+        self._decoder.forget()
+
     def close(self) -> None:
         """Frees both models. May be called again; later use raises ClosedError."""
         self._encoder = None

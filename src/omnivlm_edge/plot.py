@@ -1,4 +1,4 @@
-"""The losses of builds as a picture: size against error, one point a build. Needs the extra `plot`.
+"""Measurements as pictures: losses of builds, times of stages. Needs the extra `plot`.
 
 Raises OptionError where matplotlib is not installed, when it is imported.
 """
@@ -9,6 +9,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from .bench import STAGES, Record, describe_case, peak_memory
 from .compare import Loss
 from .errors import OptionError
 from .files import write_whole
@@ -22,6 +23,8 @@ except ImportError as exc:
     raise OptionError(
         'a plot needs matplotlib, which is not installed: pip install "omnivlm-edge[plot]"'
     ) from exc
+
+_MAX_LABELLED = 4  # cases whose bars have their numbers beside them
 
 _Point = tuple[str, float, float]  # label, MB, error
 
@@ -54,6 +57,50 @@ def plot_losses(losses: Sequence[Loss], path: Path) -> None:
     figure.draw_without_rendering()  # settles where the points are
     _place(left, vision_labels)
     _place(right, whole_labels)
+    _save(figure, path)
+
+
+def plot_stages(records: Sequence[Record], path: Path, before: Sequence[Record] = ()) -> None:
+    """Writes a PNG file of 1200 x 525 pixels: bars of the stages' means, and of peak memory.
+
+    `before` are earlier records, drawn first. Those that measured nothing are left out. Raises
+    OSError.
+    """
+    figure = Figure(figsize=(8, 3.5), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    shown = [("before: ", record) for record in before] + [("", record) for record in records]
+    shown = [(mark, record) for mark, record in shown if record["stages"]]
+    height = 0.8 / len(shown)
+    for i, (mark, record) in enumerate(shown):
+        rows = {row["test"]: row for row in record["stages"]}
+        present = [stage for stage in STAGES if stage in rows]
+        bars = left.barh(
+            [STAGES.index(stage) + (i + 0.5) * height - 0.4 for stage in present],
+            [rows[stage]["avg_ns"] / 1e6 for stage in present],
+            height,
+            xerr=[rows[stage]["stddev_ns"] / 1e6 for stage in present],
+            color=f"C{i}",
+            label=mark + describe_case(record),
+        )
+        if len(shown) <= _MAX_LABELLED:
+            left.bar_label(bars, fmt="%.4g", fontsize=6, padding=2)
+        memory = right.barh(i, (peak_memory(record) or 0) / 1e6, 0.8, color=f"C{i}")
+        right.bar_label(memory, fmt="%.0f", fontsize=6, padding=2)
+    left.set_yticks(range(len(STAGES)), [stage.replace("_", " ") for stage in STAGES])
+    left.set_xlabel("ms (mean ± deviation)")
+    right.set_xlabel("peak memory (MB)")
+    right.set_yticks([])
+    for axes in (left, right):
+        axes.margins(x=0.15)
+        axes.set_xlim(left=0)
+        axes.invert_yaxis()
+        axes.grid(color="0.9", axis="x")
+        axes.set_axisbelow(True)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=7)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png")
     write_whole(path, content.getvalue())

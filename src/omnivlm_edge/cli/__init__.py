@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 
 from ..errors import OmniVLMError
+from .bench import bench
 from .compare import compare
 from .completion import completion
 from .convert import convert
@@ -65,7 +66,7 @@ def cli() -> None:
 
 
 for command in (
-    *(run, pull, ls, show, rm, quantize, imatrix, compare, convert, doctor, completion),
+    *(run, pull, ls, show, rm, quantize, imatrix, compare, bench, convert, doctor, completion),
 ):
     cli.add_command(command)
 

@@ -59,6 +59,21 @@ def note(message: str) -> None:
     click.echo(message, err=True)
 
 
+def comma_list(each: Any) -> Callable[[click.Context, click.Parameter, str | None], Any]:
+    """A callback for an option: values of click's type `each` with commas between them.
+
+    Each value counts once; None stays None.
+    """
+
+    def split(context: click.Context, parameter: click.Parameter, text: str | None) -> Any:
+        if text is None:
+            return None
+        parts = [each.convert(part.strip(), parameter, context) for part in text.split(",")]
+        return list(dict.fromkeys(parts))
+
+    return split
+
+
 def find_source(model: str) -> ModelFiles:
     """The files of a model that is going to be quantized: of a name's, those in F16."""
     from ..hub import parse_reference

@@ -1,0 +1,195 @@
+"""`omnivlm-edge bench`: what a model costs on this machine."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import OptionError
+from ..values import VISION_PRECISIONS
+from .options import comma_list, complete_path, model_argument, note, setting
+
+if TYPE_CHECKING:
+    from ..bench import Case, Record
+
+
+@click.command()
+@model_argument()
+@click.option(
+    "--mmproj", type=click.Path(path_type=Path), help="Vision file (GGUF), if not beside MODEL."
+)
+@click.option(
+    "-i",
+    "--image",
+    metavar="IMAGE",
+    type=click.Path(path_type=Path),
+    shell_complete=complete_path,
+    help="Picture file to ask about.  [default: a made JPEG of 1046 x 1568]",
+)
+@click.option(
+    "-p",
+    "--prompt",
+    default="Describe the image",
+    show_default=True,
+    help="Question about the picture.",
+)
+@click.option(
+    "-n",
+    "--max-tokens",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    help="Longest answer, in tokens.",
+)
+@click.option(
+    "-r",
+    "--repeats",
+    type=click.IntRange(1, 10_000),
+    default=5,
+    show_default=True,
+    help="How often each case is measured, after once to warm up.",
+)
+@setting(
+    "-t",
+    "--threads",
+    metavar="N,N…",
+    callback=comma_list(click.IntRange(1, 512)),
+    help="CPU threads.  [default: all cores]",
+)
+@setting("--device", default="auto", show_default=True, help="auto, cpu, cuda, metal, vulkan, …")
+@click.option(
+    "--precision",
+    metavar="P,P…",
+    callback=comma_list(click.Choice(VISION_PRECISIONS)),
+    default="auto",
+    show_default=True,
+    help=f"How pictures are encoded on the CPU: {', '.join(VISION_PRECISIONS)}.",
+)
+@click.option("--low-memory", is_flag=True, help="Measure with as little memory as possible.")
+@setting(
+    "-ngl",
+    "--n-gpu-layers",
+    type=click.IntRange(min=0),
+    help="Layers of the text model on the GPU.  [default: all]",
+)
+@setting("--no-mmproj-offload", is_flag=True, help="Encode pictures on the CPU.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["md", "json", "jsonl", "csv"]),
+    default="md",
+    show_default=True,
+    help="A table for people, or all that was measured.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="Draw time of the stages and memory into this PNG file. Needs the extra `plot`.",
+)
+@click.option(
+    "--compare",
+    "earlier",
+    type=click.Path(path_type=Path),
+    help="Show what changed since an earlier run, of which this file has the -o json or jsonl.",
+)
+@click.pass_context
+def bench(
+    context: click.Context,
+    model: str,
+    mmproj: Path | None,
+    image: Path | None,
+    prompt: str,
+    max_tokens: int,
+    repeats: int,
+    threads: list[int] | None,
+    device: str,
+    precision: list[str],
+    low_memory: bool,
+    n_gpu_layers: int | None,
+    no_mmproj_offload: bool,
+    output: str,
+    plot: Path | None,
+    earlier: Path | None,
+) -> None:
+    """Measure time and memory of MODEL on this machine.
+
+    Every combination of --threads and --precision is a case, in a process of its own.
+
+    \b
+    load         of both files, which the system has in memory already
+    preprocess   picture file to pixels
+    encode       pixels to image tokens
+    prefill      prompt and image tokens
+    first token  all from the question to the answer's first token, model loaded
+    decode       the rest of the answer
+    total        all from the question to the end of the answer
+
+    Ctrl-C ends it; what is finished is printed and marked as partial.
+    """
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise click.BadParameter(f"{plot}: the file's name must end in .png", param_hint="--plot")
+
+    from ..bench import make_cases, read_records, write_made_picture
+    from ..models import find_model
+
+    # Before the measurements: what is wrong fails at once.
+    before = read_records(earlier) if earlier is not None else []
+    if plot is not None:
+        from ..plot import plot_stages
+
+        if not plot.parent.is_dir():
+            raise OptionError(f"{plot.parent}: there is no such directory for the plot")
+    with tempfile.TemporaryDirectory() as scratch:
+        cases = make_cases(
+            find_model(model, mmproj, notify=note),
+            image or write_made_picture(Path(scratch)),
+            threads=threads or [None],
+            precisions=precision,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            repeats=repeats,
+            device=device,
+            low_memory=low_memory,
+            n_gpu_layers=n_gpu_layers,
+            mmproj_offload=not no_mmproj_offload,
+        )
+        records, code = _measure(cases)
+    _show(records, output, before)
+    if plot is not None and any(record["stages"] for record in records):
+        plot_stages(records, plot, before)
+    context.exit(code)
+
+
+def _measure(cases: list[Case]) -> tuple[list[Record], int]:
+    """The records, and the command's exit code. KeyboardInterrupt when there is nothing to keep."""
+    from tqdm import tqdm
+
+    from ..bench import run_cases
+
+    records: list[Record] = []
+    try:
+        with tqdm(total=sum(case.steps for case in cases), desc="bench", disable=None) as bar:
+            run_cases(cases, records, progress=bar.update)
+    except KeyboardInterrupt:
+        if not records:
+            raise
+        note(f"\nInterrupted: {len(records)} of {len(cases)} cases; the result is partial.")
+        return records, 130
+    return records, int(any(record["error"] for record in records))
+
+
+def _show(records: list[Record], output: str, before: list[Record]) -> None:
+    """Results on stdout; errors, and a comparison that would not fit in there, on stderr."""
+    from ..bench import describe_case
+    from .bench_tables import comparison, render
+
+    for record in records:
+        if record["error"]:
+            note(f"Error: {describe_case(record)}: {record['error']}")
+    if output != "md" or not before:
+        click.echo(render(records, output), nl=False)
+    if before:
+        click.echo(comparison(records, before), nl=False, err=output != "md")
