@@ -3,6 +3,7 @@
 #include "errors.h"
 #include "importance.h"
 #include "log-sink.h"
+#include "mapped-file.h"
 #include "peak.h"
 #include "quantize.h"
 #include "text-file.h"
@@ -237,6 +238,9 @@ NB_MODULE(_native, m) {
 
     m.def("devices", &devices, "Every device that ggml was built with and finds on this machine.");
     m.def("backends", &backends, "What ggml was built with, whether or not it finds a device for it here.");
+    m.def(
+        "release_mappings", [](const nb::bytes & path) { release_mappings(path_of(path)); }, "path"_a,
+        "Gives the memory behind this process's mappings of a file back; it is read again when touched.");
     m.def("ggml_version", &ggml_version);
     m.def(
         "inspect_text_file", [](const nb::bytes & path) { return inspect_text_file(path_of(path)); }, "path"_a,

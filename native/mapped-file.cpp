@@ -8,7 +8,10 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cinttypes>
+#include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <utility>
 
 namespace omnivlm {
@@ -54,6 +57,25 @@ void MappedFile::release(const void * start, size_t bytes) const {
     const size_t end   = static_cast<size_t>(first - data_ + static_cast<ptrdiff_t>(bytes)) / page * page;
     if (begin < end) {
         madvise(data_ + begin, end - begin, MADV_DONTNEED);
+    }
+}
+
+void release_mappings(const std::string & path) {
+    struct stat wanted{};
+    if (stat(path.c_str(), &wanted) != 0) {
+        return;
+    }
+    std::ifstream maps("/proc/self/maps");
+    for (std::string line; std::getline(maps, line);) {  // start-end permissions offset major:minor inode path
+        uintptr_t     start = 0, end = 0;
+        char          permissions[5] = {};
+        unsigned long inode          = 0;
+        const int     found = std::sscanf(line.c_str(), "%" SCNxPTR "-%" SCNxPTR " %4s %*x %*x:%*x %lu", &start, &end,
+                                          permissions, &inode);
+        // A private mapping that was written to would lose what was written.
+        if (found == 4 && inode == wanted.st_ino && permissions[1] == '-' && permissions[3] == 's') {
+            madvise(reinterpret_cast<void *>(start), end - start, MADV_DONTNEED);
+        }
     }
 }
 

@@ -31,4 +31,8 @@ class MappedFile {
     size_t size_ = 0;
 };
 
+// Gives the pages of every mapping of a file in this process back to the system, whoever made it; they are read from
+// the file again when touched. Does nothing where the system does not list mappings (/proc/self/maps).
+void release_mappings(const std::string & path);
+
 }  // namespace omnivlm

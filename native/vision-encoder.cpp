@@ -213,7 +213,7 @@ void VisionEncoder::encode_batch(const float * pixels, int64_t n_images, float *
         compute_in_parts(ImportanceCollector::wants, [&](const ggml_tensor * node) { collector->add(node); });
     }
     ggml_backend_tensor_get(graph_.tokens, tokens, 0, ggml_nbytes(graph_.tokens));
-    if (options_.low_memory) {
+    if (kernels_ != nullptr) {  // host memory is quick to get again, and the text model can use it meanwhile
         graph_images_ = 0;
         graph_        = {};
         allocator_.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get())));

@@ -18,12 +18,9 @@ struct NamedPrecision {
 };
 
 constexpr NamedPrecision PRECISIONS[] = {
-    { "ggml", Precision::GGML },
-    { "int8", Precision::INT8 },
-    { "int8-fast", Precision::INT8_FAST },
-    { "int8-block32", Precision::INT8_BLOCK32 },
-    { "bf16", Precision::BF16 },
-    { "f32", Precision::F32 },
+    { "ggml", Precision::GGML },           { "int8", Precision::INT8 },
+    { "int8-fast", Precision::INT8_FAST }, { "int8-block32", Precision::INT8_BLOCK32 },
+    { "bf16", Precision::BF16 },           { "f32", Precision::F32 },
 };
 
 int64_t n_rows_of(const ggml_tensor * x) {
@@ -33,11 +30,9 @@ int64_t n_rows_of(const ggml_tensor * x) {
 Operand operand_of(Precision precision, Part part) {
     switch (precision) {
     case Precision::INT8:
-    case Precision::INT8_BLOCK32:
-        // The projector's long rows lose more than the tower's, patches are few: both cost little in BF16.
-        return part == Part::TOWER ? Operand::INT8 : Operand::BF16;
     case Precision::INT8_FAST:
-        return part == Part::PATCHES ? Operand::BF16 : Operand::INT8;
+    case Precision::INT8_BLOCK32:
+        return part == Part::PATCHES ? Operand::BF16 : Operand::INT8;  // patches are few and every error starts there
     case Precision::BF16:
         return Operand::BF16;
     default:
@@ -77,7 +72,12 @@ const char * name_of(Precision precision) {
 }
 
 Packing packing_of(const Kernels & kernels, Precision precision, Part part, int64_t n_in) {
-    const int64_t block = precision == Precision::INT8 ? INT8_BLOCK : precision == Precision::INT8_BLOCK32 ? 32 : 0;
+    int64_t block = 0;  // one scale for all
+    if (precision == Precision::INT8_BLOCK32 || (precision == Precision::INT8 && part == Part::PROJECTOR)) {
+        block = 32;  // the projector's long rows lose more than the tower's, and cost little
+    } else if (precision == Precision::INT8) {
+        block = INT8_BLOCK;
+    }
     return kernels.packing(operand_of(precision, part), n_in, block);
 }
 

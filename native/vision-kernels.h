@@ -16,7 +16,7 @@ namespace omnivlm {
 // How the matrix products of the tower are computed on a CPU.
 enum class Precision {
     GGML,          // by ggml, in the types of the file
-    INT8,          // 8 bits, a scale for each 576 values or so; projector and patches in BF16
+    INT8,          // 8 bits, a scale for each 576 values or so, in the projector for each 32; patches in BF16
     INT8_FAST,     // 8 bits, one scale a row; the projector too
     INT8_BLOCK32,  // 8 bits, a scale for each 32 values, as Q8_0
     BF16,

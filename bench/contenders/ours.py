@@ -42,9 +42,7 @@ class OurEncoder:
     """The vision path alone."""
 
     def __init__(self, mmproj: Path, threads: int, precision: str) -> None:
-        self._vision = Vision(
-            mmproj, select_device("cpu"), threads, precision=precision
-        )
+        self._vision = Vision(mmproj, select_device("cpu"), threads, precision=precision)
         self.side = self._vision.hparams.image_size
 
     def convert(self, pixels: Pixels) -> npt.NDArray[np.float32]:
@@ -93,4 +91,3 @@ def _small(files: Files) -> tuple[Path, Path]:
         for path in (files.text, files.mmproj)
     )
     return text, mmproj
-

@@ -161,6 +161,11 @@ def backends() -> list[str]:
     What ggml was built with, whether or not it finds a device for it here.
     """
 
+def release_mappings(path: bytes) -> None:
+    """
+    Gives the memory behind this process's mappings of a file back; it is read again when touched.
+    """
+
 def ggml_version() -> str: ...
 
 def inspect_text_file(path: bytes) -> TextFile:

@@ -27,6 +27,7 @@ from ._native import (
     importance_callback_address,
     inspect_text_file,
     log_sink_address,
+    release_mappings,
     take_log_error,
 )
 from .errors import (
@@ -105,6 +106,7 @@ class TextDecoder:
             raise OptionError(f"n_ctx is {n_ctx}: it must be at least 1")
         # Reentrant: the garbage collector may close an abandoned sequence inside any of the calls.
         self._lock = threading.RLock()
+        self._file = os.fsencode(path)
         self._step = 0  # counts the calls that overwrite the logits
         self._model = _load_model(path, device, n_gpu_layers, low_memory)
         # llama.cpp's objects are freed in this order, once, by close() or with this object.
@@ -217,6 +219,10 @@ class TextDecoder:
             self._open_context()
             for seq_id in self._free_ids:
                 self._forget(seq_id, 0)
+
+    def release_pages(self) -> None:
+        """Gives the memory behind mapped weights back to the system until they are used again."""
+        release_mappings(self._file)
 
     def holds(self, sequence: TokenSequence, parts: Sequence[Tokens | Embeddings]) -> bool:
         """Whether a new sequence finds all these parts in its place of the context."""
@@ -657,6 +663,8 @@ def _load_model(path: Path, device: Device, n_gpu_layers: int | None, low_memory
             f"{path}: llama.cpp cannot load this text model ({reason}); "
             "download or convert it again"
         )
+    if params.use_extra_bufts:
+        release_mappings(os.fsencode(path))  # hardly anything but the copies is read from now on
     return model
 
 

@@ -94,6 +94,16 @@ class OmniVLM:
         vision_device = chosen if mmproj_offload else select_device("cpu")
 
         self._loaded = {path: identity(path) for path in (files.text, files.mmproj)}
+        # The text model first: it needs the more memory while it loads, and less when it is there.
+        self._decoder = TextDecoder(
+            files.text,
+            chosen,
+            n_ctx=n_ctx,
+            n_threads=threads,
+            n_gpu_layers=n_gpu_layers,
+            low_memory=low_memory,
+            collector=collector,
+        )
         encoder = PictureEncoder(
             files.mmproj,
             vision_device,
@@ -104,16 +114,8 @@ class OmniVLM:
             collector=collector,
         )
         self._encoder: PictureEncoder | None = encoder
+        self._low_memory = low_memory
         self._variant = encoder.prompt_variant(files.variant)
-        self._decoder = TextDecoder(
-            files.text,
-            chosen,
-            n_ctx=n_ctx,
-            n_threads=threads,
-            n_gpu_layers=n_gpu_layers,
-            low_memory=low_memory,
-            collector=collector,
-        )
         encoder.check_text_model(files.text, self._decoder.n_embd)
         self._hashes = encoder.hashes
         self._beginnings = DiskCache(cache_dir() / "beginnings" if disk_cache else None)
@@ -160,11 +162,14 @@ class OmniVLM:
         """Encodes a picture once, for any number of questions.
 
         A picture that was encoded before is found in memory, or on disk, by its resized pixels, the
-        vision file's content, the device and this package's version.
+        vision file's content, the device, the precision and this package's version.
 
         Raises ImageError (see `image.load_image`), DeviceError, ClosedError.
         """
-        return self._open_encoder().encode(image)
+        encoder = self._open_encoder()
+        if self._low_memory:
+            self._decoder.release_pages()
+        return encoder.encode(image)
 
     def generate(
         self,
