@@ -58,6 +58,9 @@ test-kernels: $(VENV)/build.stamp
 	    -DOMNIVLM_WERROR=ON > /dev/null
 	$(BIN)/cmake --build build/kernels
 	build/kernels/kernel-test
+	@# No accumulator of a micro-kernel may be kept on the stack.
+	! objdump -d --no-show-raw-insn -C build/kernels/libomnivlm_kernels.a | \
+	    awk '/^[0-9a-f]+ <.*>:$$/ {name = $$0} name ~ /tile/ && /[xyz]mm[0-9]+/ && /\(%r[sb]p\)/ {print name, $$0}' | grep .
 	$(BIN)/cmake -S native/kernels -B build/kernels-sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	    -DOMNIVLM_SANITIZE=ON -DOMNIVLM_AVXVNNI_AS_AVX512=ON > /dev/null
 	$(BIN)/cmake --build build/kernels-sanitize

@@ -185,10 +185,15 @@ def test_memory_needed(tiny_model: Path) -> None:
 
     head = number("embedding_length") // number("attention.head_count")
     cache = 2 * number("block_count") * number("attention.head_count_kv") * head * 2  # float16
-    sizes = files.text.stat().st_size + files.mmproj.stat().st_size
     text, vision = inspect_file(files.text), inspect_file(files.mmproj)
     for n_ctx in (1, 2048):
-        assert memory_needed(text, vision, n_ctx) == sizes + cache * n_ctx + 130_000_000
+        rest = files.text.stat().st_size + cache * n_ctx + 145_000_000
+        vision_size = files.mmproj.stat().st_size
+        assert memory_needed(text, vision, n_ctx, on_cpu=False) == rest + vision_size
+        assert memory_needed(text, vision, n_ctx, precision="ggml") == rest + vision_size
+        packed = memory_needed(text, vision, n_ctx, precision="bf16") - rest
+        assert packed == 2 * vision.parameters
+        assert memory_needed(text, vision, n_ctx, precision="int8", low_memory=True) == rest
 
 
 @pytest.mark.parametrize(("free", "status"), [(50 * GB, "ok"), (GB, "warning")])
@@ -232,7 +237,7 @@ def test_quantized_weights_may_differ_more(tmp_path: Path, dtype: str, quantized
     assert (inspect_file(path).quantization == "Q8_0") is quantized
     pixels = np.random.default_rng(1).uniform(-1, 1, (1, 3, 84, 84)).astype(np.float32)
     got, want = (
-        _native.VisionEncoder(os.fsencode(path), "CPU", 2, flash).encode(pixels)[0]
+        _native.VisionEncoder(os.fsencode(path), "CPU", 2, "ggml", flash_attention=flash).encode(pixels)[0]
         for flash in (True, False)
     )
     limit = doctor.MAX_ERROR_QUANTIZED if quantized else doctor.MAX_ERROR

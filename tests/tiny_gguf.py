@@ -124,8 +124,12 @@ def write_gguf(
     tensors: Mapping[str, Any],
     dtype: str = "f32",
     alignment: int = 32,
+    packed_dtype: gguf.GGMLQuantizationType | None = None,
 ) -> Path:
-    """Writes a GGUF file: matrices in `dtype` where their rows are long enough for its blocks."""
+    """Writes a GGUF file: matrices in `dtype` where their rows are long enough for its blocks.
+
+    Arrays of bytes are quantized rows already, in `packed_dtype`.
+    """
     writer = gguf.GGUFWriter(path, keys["general.architecture"])
     writer.add_custom_alignment(alignment)
     for key, value in keys.items():
@@ -136,7 +140,9 @@ def write_gguf(
     for name, data in tensors.items():
         is_matrix = data.ndim > 1 and data.shape[-1] % block == 0
         kind = matrix_type if is_matrix and data.dtype == np.float32 else None
-        if kind is None:
+        if data.dtype == np.uint8:
+            writer.add_tensor(name, data, raw_dtype=packed_dtype)
+        elif kind is None:
             writer.add_tensor(name, data)
         else:
             packed = gguf.quants.quantize(data, kind)

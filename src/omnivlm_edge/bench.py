@@ -119,8 +119,14 @@ def make_cases(
 
 def _memory_needed(case: Case) -> int:
     text, vision = inspect_file(Path(case.text)), inspect_file(Path(case.mmproj))
-    needed = memory_needed(text, vision, DEFAULT_N_CTX)
-    return needed - vision.size if case.low_memory else needed
+    return memory_needed(
+        text,
+        vision,
+        DEFAULT_N_CTX,
+        precision=case.precision,
+        low_memory=case.low_memory,
+        on_cpu=select_device(case.device).kind == "cpu" or not case.mmproj_offload,
+    )
 
 
 def write_made_picture(directory: Path) -> Path:

@@ -120,7 +120,8 @@ def examine(
     try:
         files = find_model(model, mmproj, offline=True)
         vision = inspect_file(files.mmproj)
-        needed = memory_needed(inspect_file(files.text), vision, DEFAULT_N_CTX)
+        on_cpu = chosen.kind == "cpu"
+        needed = memory_needed(inspect_file(files.text), vision, DEFAULT_N_CTX, on_cpu=on_cpu)
     except OmniVLMError as exc:
         yield Check("model", "problem", str(exc), "check MODEL and --mmproj")
         return

@@ -27,6 +27,8 @@ from .encoder import PictureEncoder
 from .errors import ClosedError, ContextOverflowError, OptionError
 from .files import identity, loaded_digest
 from .image import ImageSource
+from .memory import check_budget
+from .model_file import inspect_file
 from .models import find_model
 from .paths import cache_dir
 from .values import (
@@ -58,6 +60,7 @@ class OmniVLM:
             `int8` where the CPU has instructions for it. GPUs compute in the file's own types.
         low_memory: keeps the vision weights as they are in the file and expands them layer by
             layer for every picture, and makes no faster copies of the text model's.
+        max_ram: bytes that may be used; a model that needs more is refused before it is loaded.
         disk_cache: whether encoded pictures, the beginnings of prompts and the files' hashes are
             kept on disk, for other processes too.
         collector: is shown every matrix product of both models (see `imatrix.collect`).
@@ -80,6 +83,7 @@ class OmniVLM:
         mmproj_offload: bool = True,
         vision_precision: str = "auto",
         low_memory: bool = False,
+        max_ram: int | None = None,
         disk_cache: bool = True,
         collector: ImportanceCollector | None = None,
     ) -> None:
@@ -92,6 +96,18 @@ class OmniVLM:
         check_precision(vision_precision)
         chosen = select_device(device)
         vision_device = chosen if mmproj_offload else select_device("cpu")
+
+        if max_ram is not None:
+            _check_whole("max_ram", max_ram, 1, 2**63)
+            check_budget(
+                max_ram,
+                inspect_file(files.text),
+                inspect_file(files.mmproj),
+                n_ctx,
+                precision=vision_precision,
+                low_memory=low_memory,
+                on_cpu=vision_device.kind == "cpu",
+            )
 
         self._loaded = {path: identity(path) for path in (files.text, files.mmproj)}
         # The text model first: it needs the more memory while it loads, and less when it is there.

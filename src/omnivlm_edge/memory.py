@@ -8,26 +8,83 @@ import platform
 import re
 import resource
 import struct
+from functools import partial
 from pathlib import Path
 
-from .errors import DeviceError
+from ._native import cpu_precision
+from .errors import DeviceError, OptionError
 from .model_file import ModelFile
 
-# What a run takes besides the weights and the key-value cache: Python, the libraries and the
-# activations. Measured: 2,080 MB at the peak with files of 957.6 and 993.9 MB and 2048 positions
-# (full-size model, F16, CPU; bench/results/full_size.jsonl), rounded up.
-ALLOWANCE = 130_000_000
+# What a run takes besides the weights and the key-value cache: Python, the libraries, the
+# vocabulary and the activations. Measured with files of the published sizes on a CPU, at the peak.
+ALLOWANCE = 145_000_000
+
+# Memory of a packed vision weight. `ggml` uses the file as it is.
+_BYTES_PER_WEIGHT = {"int8": 1.03, "int8-fast": 1.01, "int8-block32": 1.26, "bf16": 2.0, "f32": 4.0}
+# A text weight under q4_k_m, at the published shapes.
+_SMALL_BYTES_PER_WEIGHT = 0.582
 
 
-def memory_needed(text: ModelFile, vision: ModelFile, n_ctx: int) -> int:
+def memory_needed(
+    text: ModelFile,
+    vision: ModelFile,
+    n_ctx: int,
+    *,
+    precision: str = "auto",
+    low_memory: bool = False,
+    on_cpu: bool = True,
+) -> int:
     """Bytes that a model takes: weights, key-value cache (F16) and the allowance for the rest.
 
-    Raises ModelFileError when the text model's header lacks its dimensions.
+    `precision`, `low_memory` and `on_cpu` say how pictures are encoded. Raises ModelFileError when
+    the text model's header lacks its dimensions.
     """
     head = text.width // text.number("attention.head_count")
     kv_width = head * text.number("attention.head_count_kv")
     cache = 2 * 2 * text.number("block_count") * kv_width * n_ctx  # keys and values, 2 bytes each
-    return text.size + vision.size + cache + ALLOWANCE
+    pictures = _vision_memory(vision, precision, low_memory, on_cpu)
+    return text.size + pictures + cache + ALLOWANCE
+
+
+def _vision_memory(vision: ModelFile, precision: str, low_memory: bool, on_cpu: bool) -> int:
+    resolved = cpu_precision(precision) if on_cpu else "ggml"
+    if resolved == "ggml":
+        return vision.size
+    # With low_memory one matrix at a time is expanded, while the text model's pages are given back.
+    return 0 if low_memory else round(vision.parameters * _BYTES_PER_WEIGHT[resolved])
+
+
+def check_budget(
+    budget: int,
+    text: ModelFile,
+    vision: ModelFile,
+    n_ctx: int,
+    *,
+    precision: str,
+    low_memory: bool,
+    on_cpu: bool,
+) -> None:
+    """Raises OptionError for a model that takes more than `budget` bytes; says what would fit."""
+    need = partial(memory_needed, text, vision, n_ctx, on_cpu=on_cpu)
+    needed = need(precision=precision, low_memory=low_memory)
+    if needed <= budget:
+        return
+    saved = max(0, text.size - round(text.parameters * _SMALL_BYTES_PER_WEIGHT))
+    others = [
+        ("low_memory (--low-memory)", need(precision=precision, low_memory=True)),
+        ("its q4_k_m build", need(precision=precision, low_memory=low_memory) - saved),
+        ("its q4_k_m build and low_memory", need(precision=precision, low_memory=True) - saved),
+    ]
+    fitting = [f"{what} (about {_gb(size)})" for what, size in others if size <= budget < needed]
+    least = min(size for _, size in others)
+    advice = f"take {fitting[0]}" if fitting else f"the least that it can do with is {_gb(least)}"
+    raise OptionError(
+        f"the model needs about {_gb(needed)}, more than the {_gb(budget)} allowed: {advice}"
+    )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
 
 
 def check_fits(needed: int, total: int, place: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,17 @@ def setting(*names: str, **attributes: Any) -> Decorator:
     long = next(name for name in names if name.startswith("--"))
     variable = "OMNIVLM_" + long.split("/")[0].removeprefix("--").replace("-", "_").upper()
     return click.option(*names, envvar=variable, show_envvar=True, **attributes)
+
+
+class Size(click.ParamType):
+    """A number of bytes: 900M, 1.5G, with or without a B behind it; M and G are powers of 10."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg]?)b?", str(value).strip(), re.I)
+        size = found and int(float(found[1]) * 1000 ** " kmg".index(found[2].lower() or " "))
+        return size or self.fail(f"{value} is no size such as 900M or 1.5G", param, ctx)
 
 
 def vision_precision_option() -> Decorator:

@@ -8,7 +8,15 @@ import click
 
 from ..errors import OptionError
 from ..values import DEFAULT_N_CTX, MAX_SEED, GenerateOptions
-from .options import complete_path, consent, model_argument, note, setting, vision_precision_option
+from .options import (
+    Size,
+    complete_path,
+    consent,
+    model_argument,
+    note,
+    setting,
+    vision_precision_option,
+)
 from .output import Output, describe
 
 DEFAULTS = GenerateOptions()
@@ -109,6 +117,11 @@ DEFAULTS = GenerateOptions()
 @setting(
     "--low-memory", is_flag=True, help="Expand weights only while they are used: smaller, slower."
 )
+@setting(
+    "--max-ram",
+    type=Size(),
+    help="Refuse a model that needs more memory, such as 900M or 1.5G, before it is loaded.",
+)
 @setting("--no-mmproj-offload", is_flag=True, help="Encode pictures on the CPU.")
 @setting("--no-cache", is_flag=True, help="Keep no pictures, prompts, hashes and lines on disk.")
 @setting("--allow-private-urls", is_flag=True, help="Fetch pictures from private addresses too.")
@@ -139,6 +152,7 @@ def run(
     n_gpu_layers: int | None,
     vision_precision: str,
     low_memory: bool,
+    max_ram: int | None,
     no_mmproj_offload: bool,
     no_cache: bool,
     allow_private_urls: bool,
@@ -199,6 +213,7 @@ def run(
         mmproj_offload=not no_mmproj_offload,
         vision_precision=vision_precision,
         low_memory=low_memory,
+        max_ram=max_ram,
         disk_cache=not no_cache,
     ) as engine:
         if (
