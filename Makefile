@@ -1,4 +1,5 @@
-# make demo | test | lint | test-reference | test-sanitize | format | stub | docs | clean
+# make demo | test | lint | test-reference | test-sanitize | test-kernels | test-kernels-arm
+#      format | stub | docs | clean
 #
 # Everything is installed into .venv; a second run finds it there and is quick.
 
@@ -9,9 +10,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 SOURCES := CMakeLists.txt pyproject.toml LICENSE README.md \
            $(shell find native src convert -type f -not -path '*/__pycache__/*')
+NATIVE  := $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h)
 LINTED  := src convert tests train bench docs
 
-.PHONY: demo test lint test-reference test-sanitize format stub docs clean
+.PHONY: demo test lint test-reference test-sanitize test-kernels test-kernels-arm format stub docs clean
 
 demo: $(VENV)/package.stamp
 	$(BIN)/omnivlm-edge run demo -i examples/horses.png -p "Describe the image"
@@ -26,12 +28,12 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror native/*.cpp native/*.h
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix $(LINTED)
 	$(BIN)/ruff format $(LINTED)
-	$(BIN)/clang-format -i native/*.cpp native/*.h
+	$(BIN)/clang-format -i $(NATIVE)
 
 # The types of the extension, generated from it; a test compares.
 stub: $(VENV)/package.stamp
@@ -48,6 +50,26 @@ test-sanitize: $(VENV)/test.stamp
 	PYTHONPATH=build/sanitize LD_LIBRARY_PATH="$$($(BIN)/python -c 'import llama_cpp, os; print(os.path.dirname(llama_cpp.__file__) + "/lib")')" \
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(BIN)/python -m pytest tests/test_native.py
+
+# The CPU kernels of every instruction set that this machine has, against sums in double precision: as they are
+# shipped, then with AddressSanitizer and UBSan (and AVX-VNNI's in AVX-512's encoding, which more machines have).
+test-kernels: $(VENV)/build.stamp
+	$(BIN)/cmake -S native/kernels -B build/kernels -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DOMNIVLM_WERROR=ON > /dev/null
+	$(BIN)/cmake --build build/kernels
+	build/kernels/kernel-test
+	$(BIN)/cmake -S native/kernels -B build/kernels-sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DOMNIVLM_SANITIZE=ON -DOMNIVLM_AVXVNNI_AS_AVX512=ON > /dev/null
+	$(BIN)/cmake --build build/kernels-sanitize
+	build/kernels-sanitize/kernel-test
+
+# Those of arm64, on any machine: Debian's g++-aarch64-linux-gnu and qemu-user.
+test-kernels-arm: $(VENV)/build.stamp
+	$(BIN)/cmake -S native/kernels -B build/kernels-arm -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DOMNIVLM_WERROR=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ > /dev/null
+	$(BIN)/cmake --build build/kernels-arm
+	qemu-aarch64 -cpu max build/kernels-arm/kernel-test neon-i8mm neon-dotprod portable
 
 # --- what the targets need ------------------------------------------------------------------------
 

@@ -53,6 +53,7 @@ def main(
     """Measure MODEL by every recipe; the files are written into SCRATCH."""
     threads = check_threads(threads)
     source = find_model(model)
+    scratch.mkdir(parents=True, exist_ok=True)
     photo = write_photo(scratch / "astronaut.png")
     builds, seconds = [source], [0.0]
     for recipe in recipes.split(","):

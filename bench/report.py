@@ -1,10 +1,17 @@
-"""Print the README's tables from the committed results: python bench/report.py"""
+"""The README's tables and its plot from the committed results: python bench/report.py
+
+The tables are printed, the plot is bench/results/quantization.png.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from omnivlm_edge.compare import Loss, TextLoss, VisionLoss
+from omnivlm_edge.plot import plot_losses
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -88,6 +95,23 @@ def loss_table() -> str:
     return "\n".join(lines)
 
 
+def plot() -> None:
+    """Size against error of the records in the loss table that had no imatrix."""
+    losses = [
+        Loss(
+            found["name"],
+            found["text_bytes"],
+            found["vision_bytes"],
+            VisionLoss(**found["vision"]),
+            TextLoss(**found["text"]),
+            TextLoss(**found["whole"]),
+        )
+        for (_, imatrix), record in _quantizations("demo-F16").items()
+        if (found := record["loss"])["vision"] and not imatrix
+    ]
+    plot_losses(losses, RESULTS / "quantization.png")
+
+
 def size_table() -> str:
     """Size, speed and memory of each recipe at full size: the newest record of each."""
     lines = [
@@ -140,6 +164,82 @@ def accuracy_table() -> str:
     return "\n".join(lines)
 
 
+def side_by_side_run() -> list[dict[str, Any]]:
+    """The records of the newest run."""
+    lines = (RESULTS / "side_by_side.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [record for record in records if record["run"] == records[-1]["run"]]
+
+
+def with_most_threads(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record for each contender."""
+    most = max(record["threads"] for record in records)
+    return [record for record in records if record["threads"] == most]
+
+
+def side_by_side_tables(records: Sequence[dict[str, Any]]) -> str:
+    """The vision paths, the whole programs, and what was measured, of one run."""
+    records = with_most_threads(records)
+    lines = [
+        "| vision path | encode | of stock | load | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [_encoder_row(record) for record in records if record["kind"] == "encode"]
+    lines += [
+        "",
+        "| program | first token after | of stock | decode | of stock | load | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [_answerer_row(record) for record in records if record["kind"] == "answer"]
+    record = records[0]
+    versions = sorted(
+        {f"{name} {number}" for found in records for name, number in found["libraries"].items()}
+    )
+    lines += [
+        "",
+        f"Full-size synthetic models of the same shapes, {record['picture']}; "
+        f"{record['machine']['cpu']}, {record['threads']} threads, commit {record['commit']}; "
+        f"{', '.join(versions)}. Taking turns in one run, minimum of {record['repeats']} repeats, "
+        "the model loaded. From `bench/results/side_by_side.jsonl`.",
+    ]
+    return "\n".join(lines)
+
+
+def _encoder_row(record: dict[str, Any]) -> str:
+    if record["status"] != "ok":
+        return f"| {record['contender']} | {record['status']}: {record['reason']} | | | |"
+    return (
+        f"| {record['contender']} | {record['seconds']['encode']['min']:.2f} s "
+        f"| {_ratio(record, 'encode')} | {_load_and_memory(record)} |"
+    )
+
+
+def _answerer_row(record: dict[str, Any]) -> str:
+    if record["status"] != "ok":
+        return f"| {record['contender']} | {record['status']}: {record['reason']} | | | | | |"
+    seconds = record["seconds"]
+    return (
+        f"| {record['contender']} | {seconds['first_token']['min']:.2f} s "
+        f"| {_ratio(record, 'first_token')} | {1 / seconds['decode']['min']:.1f} tokens/s "
+        f"| {_ratio(record, 'decode', speed=True)} | {_load_and_memory(record)} |"
+    )
+
+
+def _ratio(record: dict[str, Any], stage: str, speed: bool = False) -> str:
+    """A time, or a speed, as a multiple of the stock path's; empty when that did not run."""
+    if stage not in record["ratio_to_stock"]:
+        return ""
+    ratio = record["ratio_to_stock"][stage]["min"]
+    return f"{1 / ratio if speed else ratio:.2f}×"
+
+
+def _load_and_memory(record: dict[str, Any]) -> str:
+    return f"{record['load_seconds']:.2f} s | {record['peak_rss_mb']} MB"
+
+
 if __name__ == "__main__":
     tables = cost_table, second_question_table, accuracy_table, loss_table, size_table
     print(*(table() for table in tables), sep="\n\n")
+    if (RESULTS / "side_by_side.jsonl").exists():
+        print("", side_by_side_tables(side_by_side_run()), sep="\n")
+    plot()

@@ -29,13 +29,17 @@ namespace {
 using Pixels = nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using Tokens = nb::ndarray<nb::numpy, float, nb::ndim<3>>;
 
-Tokens encode(VisionEncoder & encoder, const Pixels & pixels, ImportanceCollector * collector) {
-    const VisionHparams & h    = encoder.hparams();
-    const auto            size = static_cast<size_t>(h.image_size);
+void check_shape(const VisionEncoder & encoder, const Pixels & pixels) {
+    const auto size = static_cast<size_t>(encoder.hparams().image_size);
     if (pixels.shape(1) != 3 || pixels.shape(2) != size || pixels.shape(3) != size) {
         const std::string side = std::to_string(size);
         throw nb::value_error(("pixels must have shape [n, 3, " + side + ", " + side + "]").c_str());
     }
+}
+
+Tokens encode(VisionEncoder & encoder, const Pixels & pixels, ImportanceCollector * collector) {
+    check_shape(encoder, pixels);
+    const VisionHparams & h = encoder.hparams();
     const size_t shape[] = { pixels.shape(0), static_cast<size_t>(h.n_tokens()), static_cast<size_t>(h.n_embd_text) };
     auto         data    = std::unique_ptr<float[]>(new float[shape[0] * shape[1] * shape[2]]);  // not zeroed
     {
@@ -47,16 +51,32 @@ Tokens encode(VisionEncoder & encoder, const Pixels & pixels, ImportanceCollecto
     return { raw, 3, shape, owner };
 }
 
+std::map<std::string, double> profile(VisionEncoder & encoder, const Pixels & pixels) {
+    check_shape(encoder, pixels);
+    const nb::gil_scoped_release release;
+    return encoder.profile(pixels.data());
+}
+
 // Paths travel as bytes: on POSIX systems a file name need not be valid text.
 std::string path_of(const nb::bytes & path) {
     return { path.c_str(), path.size() };
 }
 
 void construct(VisionEncoder * self, const nb::bytes & path, const std::string & device, int n_threads,
-               bool flash_attention) {
+               const std::string & precision, bool low_memory, const std::string & kernels, bool flash_attention) {
     const std::string            file = path_of(path);
     const nb::gil_scoped_release release;
-    new (self) VisionEncoder(file, device, n_threads, flash_attention);
+    new (self) VisionEncoder(file, { device, n_threads, precision, kernels, low_memory, flash_attention });
+}
+
+std::vector<std::string> kernel_names() {
+    std::vector<std::string> names;
+    for (const Kernels * kernels : all_kernels()) {
+        if (kernels->supported()) {
+            names.emplace_back(kernels->name);
+        }
+    }
+    return names;
 }
 
 using Rows    = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -190,10 +210,17 @@ NB_MODULE(_native, m) {
         "Address of the ggml_backend_sched_eval_callback that collects.");
 
     nb::class_<VisionEncoder>(m, "VisionEncoder", "The vision path of one mmproj file on one device.")
-        .def("__init__", &construct, "path"_a, "device"_a, "n_threads"_a, "flash_attention"_a = true)
+        .def("__init__", &construct, "path"_a, "device"_a, "n_threads"_a, "precision"_a = "auto",
+             "low_memory"_a = false, "kernels"_a = "", "flash_attention"_a = true)
         .def("encode", &encode, "pixels"_a.noconvert(), "collector"_a = nb::none(),
              "float32 [n, 3, image_size, image_size], normalised -> float32 [n, n_tokens, n_embd_text].")
-        .def_prop_ro("hparams", &VisionEncoder::hparams, nb::rv_policy::reference_internal);
+        .def("profile", &profile, "pixels"_a.noconvert(),
+             "float32 [1, 3, image_size, image_size] -> seconds of each kind of node, by name.")
+        .def_prop_ro("hparams", &VisionEncoder::hparams, nb::rv_policy::reference_internal)
+        .def_prop_ro("precision", &VisionEncoder::precision, "What `auto` became; `ggml` where ggml computes.")
+        .def_prop_ro("kernels", &VisionEncoder::kernels, "The instruction set; empty where ggml computes.");
+
+    m.def("kernels", &kernel_names, "The instruction sets that this machine has kernels for, the quickest first.");
 
     m.def("devices", &devices, "Every device that ggml was built with and finds on this machine.");
     m.def("backends", &backends, "What ggml was built with, whether or not it finds a device for it here.");

@@ -44,6 +44,19 @@ MappedFile::~MappedFile() {
     }
 }
 
+void MappedFile::release(const void * start, size_t bytes) const {
+    const char * first = static_cast<const char *>(start);
+    if (data_ == nullptr || first < data_ || first + bytes > data_ + size_) {
+        return;  // a copy, not the mapping
+    }
+    const auto   page  = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t begin = (static_cast<size_t>(first - data_) + page - 1) / page * page;
+    const size_t end   = static_cast<size_t>(first - data_ + static_cast<ptrdiff_t>(bytes)) / page * page;
+    if (begin < end) {
+        madvise(data_ + begin, end - begin, MADV_DONTNEED);
+    }
+}
+
 MappedFile::MappedFile(MappedFile && other) noexcept {
     *this = std::move(other);
 }

@@ -3,7 +3,12 @@
 #include "errors.h"
 
 #include <algorithm>
+#include <chrono>
+#include <iterator>
+#include <memory>
 #include <new>
+#include <stdexcept>
+#include <utility>
 
 namespace omnivlm {
 namespace {
@@ -43,43 +48,159 @@ const ggml_tensor * first_unsupported(ggml_backend_t backend, ggml_cgraph * grap
     return nullptr;
 }
 
+struct NamedPrecision {
+    const char * name;
+    Precision    precision;
+};
+
+constexpr NamedPrecision PRECISIONS[] = {
+    { "ggml", Precision::GGML },           { "int8", Precision::INT8 },
+    { "int8-fast", Precision::INT8_FAST }, { "int8-block32", Precision::INT8_BLOCK32 },
+    { "bf16", Precision::BF16 },           { "f32", Precision::F32 },
+};
+
+bool is_cpu(ggml_backend_dev_t device) {
+    return ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
+const Kernels & find_kernels(const std::string & name) {
+    if (name.empty()) {
+        return best_kernels();
+    }
+    for (const Kernels * kernels : all_kernels()) {
+        if (name == kernels->name && kernels->supported()) {
+            return *kernels;
+        }
+    }
+    throw std::invalid_argument("this machine has no kernels '" + name + "'");
+}
+
+Precision choose_precision(const VisionEncoder::Options & options, bool cpu, const Kernels & kernels) {
+    if (options.precision == "auto") {
+        return cpu && &kernels != all_kernels().back() ? Precision::INT8 : Precision::GGML;
+    }
+    for (const NamedPrecision & named : PRECISIONS) {
+        if (options.precision == named.name) {
+            if (!cpu && named.precision != Precision::GGML) {
+                throw DeviceError("vision precision '" + options.precision + "' is for the CPU; device '" +
+                                  options.device + "' computes in the file's own types: take 'auto'");
+            }
+            return named.precision;
+        }
+    }
+    throw std::invalid_argument("there is no precision '" + options.precision + "'");
+}
+
+std::vector<PackedWeights::Source> matrices(const VisionModel & model, const Kernels & kernels, Precision precision) {
+    std::vector<PackedWeights::Source> sources;
+    const auto                         add = [&](const Linear & layer, Part part, int64_t n_in) {
+        sources.push_back({ layer.weight, { packing_of(kernels, precision, part, n_in), layer.bias->ne[0] } });
+    };
+    const VisionHparams & h = model.hparams;
+    add(model.patch_embd, Part::PATCHES, h.patch_size * h.patch_size * 3);
+    for (const VisionBlock & block : model.blocks) {
+        for (const Linear * layer : { &block.q, &block.k, &block.v, &block.out, &block.fc1 }) {
+            add(*layer, Part::TOWER, h.n_embd);
+        }
+        add(block.fc2, Part::TOWER, h.n_ff);
+    }
+    add(model.projector_in, Part::PROJECTOR, h.n_embd * h.n_merge);
+    add(model.projector_out, Part::PROJECTOR, h.n_proj);
+    return sources;
+}
+
 }  // namespace
 
-VisionEncoder::VisionEncoder(const std::string & path, const std::string & device, int n_threads, bool flash_attention)
-    : device_name_(device),
-      flash_attention_(flash_attention),
-      backend_(init_backend(find_device(device), n_threads)),
-      model_(load_vision_model(path, find_device(device))),
-      allocator_(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get()))) {}
+VisionEncoder::VisionEncoder(const std::string & path, const Options & options) : options_(options) {
+    ggml_backend_dev_t device  = find_device(options.device);
+    const Kernels &    kernels = find_kernels(options.kernels);
 
-void VisionEncoder::prepare(int64_t n_images) {
-    if (n_images == graph_images_) {
+    precision_ = choose_precision(options, is_cpu(device), kernels);
+    backend_   = init_backend(device, options.n_threads);
+    model_     = load_vision_model(path, device);
+    allocator_.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get())));
+    if (precision_ == Precision::GGML) {
+        return;
+    }
+    kernels_ = &kernels;
+    if (!options.low_memory) {
+        packed_ = PackedWeights(kernels, matrices(model_, kernels, precision_), model_.file, options.n_threads);
+    }
+}
+
+const char * VisionEncoder::precision() const {
+    return std::find_if(std::begin(PRECISIONS), std::end(PRECISIONS),
+                        [this](const NamedPrecision & named) { return named.precision == precision_; })
+        ->name;
+}
+
+const char * VisionEncoder::kernels() const {
+    return kernels_ == nullptr ? "" : kernels_->name;
+}
+
+VisionGraph VisionEncoder::build(int64_t n_images, bool with_kernels) const {
+    if (with_kernels) {
+        auto nodes = std::make_unique<KernelNodes>(*kernels_, precision_, packed_, model_.file, options_.n_threads);
+        return build_vision_graph(model_, n_images, Attention::FLASH, std::move(nodes));
+    }
+    if (options_.flash_attention) {
+        VisionGraph graph = build_vision_graph(model_, n_images, Attention::FLASH, nullptr);
+        if (first_unsupported(backend_.get(), graph.graph) == nullptr) {
+            return graph;
+        }
+    }
+    return build_vision_graph(model_, n_images, Attention::EXPLICIT, nullptr);
+}
+
+void VisionEncoder::prepare(int64_t n_images, bool with_kernels) {
+    if (n_images == graph_images_ && with_kernels == (graph_.kernels != nullptr)) {
         return;
     }
     graph_images_ = 0;
-    graph_        = build_vision_graph(model_, n_images, flash_attention_ ? Attention::FLASH : Attention::EXPLICIT);
-    if (flash_attention_ && first_unsupported(backend_.get(), graph_.graph) != nullptr) {
-        graph_ = build_vision_graph(model_, n_images, Attention::EXPLICIT);
-    }
+    graph_        = build(n_images, with_kernels);
     if (const ggml_tensor * node = first_unsupported(backend_.get(), graph_.graph)) {
         const ggml_tensor * weight = node->src[0];
-        throw DeviceError("device '" + device_name_ + "' cannot compute " + ggml_op_desc(node) + " on " +
+        throw DeviceError("device '" + options_.device + "' cannot compute " + ggml_op_desc(node) + " on " +
                           ggml_type_name(weight != nullptr ? weight->type : node->type) + "; use device 'cpu'");
     }
     if (!ggml_gallocr_alloc_graph(allocator_.get(), graph_.graph)) {
-        throw DeviceError("device '" + device_name_ + "' has not enough free memory to encode a picture");
+        throw DeviceError("device '" + options_.device + "' has not enough free memory to encode a picture");
     }
     graph_images_ = n_images;
 }
 
-void VisionEncoder::compute(ggml_cgraph * graph) {
-    if (ggml_backend_graph_compute(backend_.get(), graph) != GGML_STATUS_SUCCESS) {
-        throw DeviceError("device '" + device_name_ + "' failed while it encoded a picture");
+std::map<std::string, double> VisionEncoder::profile(const float * pixels) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    prepare(1, kernels_ != nullptr);
+    load_pixels(pixels);
+    std::map<std::string, double> seconds;
+    auto                          start = std::chrono::steady_clock::now();
+    const auto                    stop  = [&](const ggml_tensor * node) {
+        const auto        now  = std::chrono::steady_clock::now();
+        const std::string name = node->op == GGML_OP_CUSTOM ? node->name : ggml_op_desc(node);
+        seconds[name] += std::chrono::duration<double>(now - start).count();
+        start = now;
+    };
+    compute_in_parts([](const ggml_tensor *) { return true; }, stop);
+    return seconds;
+}
+
+void VisionEncoder::load_pixels(const float * pixels) {
+    ggml_backend_tensor_set(graph_.pixels, pixels, 0, ggml_nbytes(graph_.pixels));
+    if (graph_.kernels) {
+        graph_.kernels->reset();
     }
 }
 
-// The graph up to each node that the collector wants, because what comes later may overwrite the node's input.
-void VisionEncoder::compute_in_parts(ImportanceCollector & collector) {
+void VisionEncoder::compute(ggml_cgraph * graph) {
+    if (ggml_backend_graph_compute(backend_.get(), graph) != GGML_STATUS_SUCCESS) {
+        throw DeviceError("device '" + options_.device + "' failed while it encoded a picture");
+    }
+}
+
+// What comes after a node may overwrite its input, so the graph stops there.
+void VisionEncoder::compute_in_parts(const std::function<bool(const ggml_tensor *)> & wanted,
+                                     const std::function<void(const ggml_tensor *)> & computed) {
     const int        n_nodes = ggml_graph_n_nodes(graph_.graph);
     const auto       size    = static_cast<size_t>(n_nodes);
     ggml_context_ptr context(ggml_init({ ggml_graph_overhead_custom(size, false), nullptr, /*.no_alloc =*/true }));
@@ -88,29 +209,34 @@ void VisionEncoder::compute_in_parts(ImportanceCollector & collector) {
     }
     ggml_cgraph * part = ggml_new_graph_custom(context.get(), size, false);
     for (int i = 0; i < n_nodes; i++) {
-        ggml_tensor * node   = ggml_graph_node(graph_.graph, i);
-        const bool    wanted = ImportanceCollector::wants(node);
+        ggml_tensor * node = ggml_graph_node(graph_.graph, i);
+        const bool    stop = wanted(node);
         ggml_graph_add_node(part, node);
-        if (wanted || i == n_nodes - 1) {
+        if (stop || i == n_nodes - 1) {
             compute(part);
             ggml_graph_clear(part);
         }
-        if (wanted) {
-            collector.add(node);
+        if (stop) {
+            computed(node);
         }
     }
 }
 
 void VisionEncoder::encode_batch(const float * pixels, int64_t n_images, float * tokens,
                                  ImportanceCollector * collector) {
-    prepare(n_images);
-    ggml_backend_tensor_set(graph_.pixels, pixels, 0, ggml_nbytes(graph_.pixels));
+    prepare(n_images, kernels_ != nullptr && collector == nullptr);  // a collector looks at ggml's products
+    load_pixels(pixels);
     if (collector == nullptr) {
         compute(graph_.graph);
     } else {
-        compute_in_parts(*collector);
+        compute_in_parts(ImportanceCollector::wants, [&](const ggml_tensor * node) { collector->add(node); });
     }
     ggml_backend_tensor_get(graph_.tokens, tokens, 0, ggml_nbytes(graph_.tokens));
+    if (options_.low_memory) {
+        graph_images_ = 0;
+        graph_        = {};
+        allocator_.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get())));
+    }
 }
 
 void VisionEncoder::encode(const float * pixels, int64_t n_images, float * tokens, ImportanceCollector * collector) {

@@ -3,9 +3,13 @@
 #pragma once
 
 #include "importance.h"
+#include "packed-weights.h"
 #include "vision-graph.h"
+#include "vision-kernels.h"
 #include "vision-model.h"
 
+#include <functional>
+#include <map>
 #include <mutex>
 #include <string>
 
@@ -13,10 +17,21 @@ namespace omnivlm {
 
 class VisionEncoder {
   public:
-    // `device` is a name from ggml's backend registry. `n_threads` matters to the CPU alone. Flash
-    // attention is used where it is wanted and the device has it for this model's head size.
-    // Throws ModelFileError, DeviceError.
-    VisionEncoder(const std::string & path, const std::string & device, int n_threads, bool flash_attention);
+    struct Options {
+        std::string device;  // a name from ggml's backend registry
+        int         n_threads = 1;
+        // "auto", "int8", "int8-fast", "int8-block32", "bf16" or "f32" for the kernels, which are the CPU's alone, or
+        // "ggml". "auto" is "int8" where the machine has instructions for it, else "ggml".
+        std::string precision = "auto";
+        std::string kernels;  // an instruction set; the quickest here if empty
+        // Weights stay in the file's mapping and are packed layer by layer, for each batch anew.
+        bool low_memory = false;
+        // Where ggml computes: used if the device has it for this model's head size.
+        bool flash_attention = true;
+    };
+
+    // Throws ModelFileError, DeviceError, and std::invalid_argument for names that do not exist.
+    VisionEncoder(const std::string & path, const Options & options);
 
     // pixels: float32 [n_images, 3, image_size, image_size], normalised; row-major
     // tokens: float32 [n_images, n_tokens, n_embd_text], written
@@ -24,18 +39,30 @@ class VisionEncoder {
     // Safe to call from several threads; calls run one after the other. Throws DeviceError.
     void encode(const float * pixels, int64_t n_images, float * tokens, ImportanceCollector * collector = nullptr);
 
+    // Seconds that each kind of node takes for one picture [3, image_size, image_size], by name.
+    std::map<std::string, double> profile(const float * pixels);
+
     const VisionHparams & hparams() const { return model_.hparams; }
 
-  private:
-    void prepare(int64_t n_images);
-    void encode_batch(const float * pixels, int64_t n_images, float * tokens, ImportanceCollector * collector);
-    void compute(ggml_cgraph * graph);
-    void compute_in_parts(ImportanceCollector & collector);
+    const char * precision() const;  // never "auto"
+    const char * kernels() const;    // the instruction set; empty where ggml computes
 
-    std::string      device_name_;
-    bool             flash_attention_;
+  private:
+    void        prepare(int64_t n_images, bool with_kernels);
+    void        load_pixels(const float * pixels);
+    VisionGraph build(int64_t n_images, bool with_kernels) const;
+    void        encode_batch(const float * pixels, int64_t n_images, float * tokens, ImportanceCollector * collector);
+    void        compute(ggml_cgraph * graph);
+    // The graph in parts that end with each node that is `wanted`, which `computed` is then told.
+    void compute_in_parts(const std::function<bool(const ggml_tensor *)> & wanted,
+                          const std::function<void(const ggml_tensor *)> & computed);
+
+    Options          options_;
+    Precision        precision_ = Precision::GGML;
+    const Kernels *  kernels_   = nullptr;  // null where ggml computes
     ggml_backend_ptr backend_;
     VisionModel      model_;
+    PackedWeights    packed_;
     ggml_gallocr_ptr allocator_;
     VisionGraph      graph_;
     int64_t          graph_images_ = 0;  // batch size that graph_ was built for

@@ -406,6 +406,18 @@ def test_made_pictures_are_named_and_vision_alone_has_a_small_table(
     assert (tmp_path / "p.png").stat().st_size > 1000
 
 
+def test_a_plot_of_builds_of_one_size_shows_them_as_such(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from omnivlm_edge import plot
+
+    axes = Figure().subplots()
+    plot._draw(axes, [("plain", 2.835776, 0.0018), ("led", 2.835968, 0.0009)], "MB", "error")
+    low, high = axes.get_xlim()
+    assert low < 2.6
+    assert high > 3.1
+
+
 def hide_matplotlib(directory: Path) -> dict[str, str]:
     (directory / "matplotlib.py").write_text("raise ImportError('hidden')\n")
     return {"PYTHONPATH": str(directory)}

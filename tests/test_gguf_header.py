@@ -29,8 +29,12 @@ def test_says_what_gguf_py_says(path: Path) -> None:
         if not name.startswith("GGUF.") and field.types[0] != gguf.GGUFValueType.ARRAY
     }
     assert header.metadata == values
-    tensors = [(t.name, tuple(t.shape.tolist()), int(t.tensor_type)) for t in reader.tensors]
-    assert [(t.name, t.shape, t.type) for t in header.tensors] == tensors
+    tensors = [
+        (t.name, tuple(t.shape.tolist()), int(t.tensor_type), t.data_offset - reader.data_offset)
+        for t in reader.tensors
+    ]
+    assert [(t.name, t.shape, t.type, t.offset) for t in header.tensors] == tensors
+    assert header.size + -header.size % reader.alignment == reader.data_offset
 
 
 def test_every_type_of_value(tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ MAX_ERROR = {"f32": 1e-3, "f16": 2e-3, "bf16": 1e-2}
 
 
 def encoder(path: Path, n_threads: int = 2, flash_attention: bool = True) -> _native.VisionEncoder:
-    return _native.VisionEncoder(os.fsencode(path), "CPU", n_threads, flash_attention)
+    return _native.VisionEncoder(
+        os.fsencode(path), "CPU", n_threads, "ggml", flash_attention=flash_attention
+    )
 
 
 def random_pixels(shape: VisionShape, n: int = 1, seed: int = 1) -> np.ndarray:

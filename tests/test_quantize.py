@@ -510,6 +510,21 @@ def test_cut_source(source: Path, tmp_path: Path) -> None:
         refused(source, tmp_path / "out.gguf", ModelFileError, "model-F16.gguf: ")
 
 
+def test_cut_source_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """By --dry-run too, and before the sound half of the model is quantized."""
+    (tmp_path / "in").mkdir()
+    shutil.copy(DEMO.text, tmp_path / "in" / "demo-F16.gguf")
+    cut = tmp_path / "in" / "mmproj-demo-F16.gguf"
+    cut.write_bytes(DEMO.mmproj.read_bytes()[:-200])
+    for options in ([], ["--dry-run"]):
+        result = run(tmp_path / "in", tmp_path / "out", "--q8_0", *options)
+        assert result.returncode == 1
+        told = r"Error: .*/mmproj-demo-F16\.gguf: tensor \S+ reaches beyond the end .*\n"
+        assert re.fullmatch(told, result.stderr)
+        assert result.stdout == ""
+        assert not (tmp_path / "out").exists()
+
+
 def test_absent_source(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="there is no such file"):
         quantize_file(tmp_path / "none.gguf", tmp_path / "out.gguf", "q8_0")
@@ -621,6 +636,20 @@ def test_interrupted(source: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         quantize_file(source, tmp_path / "out.gguf", "q4_k_m", progress=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_quantizing_process_ends_with_one_that_was_killed(tmp_path: Path) -> None:
+    part = tmp_path / ".out.gguf.part"
+    part.write_text("begun")
+    child = f"from omnivlm_edge.quantize.llama import end_with; end_with({{}}, {os.fsencode(part)})"
+    parent = (
+        "import os, signal, subprocess, sys; "
+        f"subprocess.Popen([sys.executable, '-c', {child!r}.format(os.getpid())]); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    # The pipe closes when the child has ended, too.
+    subprocess.run([sys.executable, "-c", parent], stdout=subprocess.PIPE, timeout=60)
+    assert not part.exists()
 
 
 def test_a_failure_leaves_the_older_result(source: Path, tmp_path: Path) -> None:
@@ -779,7 +808,9 @@ FAILURES = {
     "no model": (["none", "--q8_0"], 1, "'none': there is no such file"),
     "not GGUF": (["{text}", "--q8_0"], 1, "not a GGUF file"),
     "out is a file": (["demo", "{text}", "--q8_0"], 2, "is a file"),
+    "out is no directory's name": (["demo", "o.gguf", "--q8_0"], 2, "would be a directory"),
     "no threads": (["demo", "--q8_0", "-t", "0"], 2, "not in the range"),
+    "too many threads": (["demo", "--q8_0", "-t", "513"], 2, "not in the range"),
 }
 
 

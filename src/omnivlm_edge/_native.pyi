@@ -117,7 +117,7 @@ def importance_callback_address() -> int:
 class VisionEncoder:
     """The vision path of one mmproj file on one device."""
 
-    def __init__(self, path: bytes, device: str, n_threads: int, flash_attention: bool = True) -> None: ...
+    def __init__(self, path: bytes, device: str, n_threads: int, precision: str = 'auto', low_memory: bool = False, kernels: str = '', flash_attention: bool = True) -> None: ...
 
     def encode(self, pixels: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu', writable=False)], collector: ImportanceCollector | None = None) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None, None))]:
         """
@@ -126,6 +126,19 @@ class VisionEncoder:
 
     @property
     def hparams(self) -> VisionHparams: ...
+
+    @property
+    def precision(self) -> str:
+        """What `auto` became; `ggml` where ggml computes."""
+
+    @property
+    def kernels(self) -> str:
+        """The instruction set; empty where ggml computes."""
+
+def kernels() -> list[str]:
+    """
+    The instruction sets that this machine has kernels for, the quickest first.
+    """
 
 def devices() -> list[Device]:
     """Every device that ggml was built with and finds on this machine."""

@@ -20,7 +20,7 @@ from llama_cpp.llama_chat_format import _convert_completion_to_chat
 
 from . import prompt as prompts
 from .decoder import Embeddings, Tokens, decode_embeddings, new_grammar, tokenize
-from .device import check_threads, select_device
+from .device import check_precision, check_threads, select_device
 from .encoder import PictureEncoder
 from .errors import BusyError, ContextOverflowError, OptionError
 from .grammar import json_schema_grammar
@@ -48,6 +48,7 @@ class OmniVLMChatHandler:
         device: for the vision path: `auto`, `cpu`, `cuda`, `metal`, `vulkan` or a name of ggml's.
         n_threads: CPU threads of the vision path; the cores that this process may use when left
             out.
+        vision_precision: as OmniVLM's.
         disk_cache: whether encoded pictures are kept on disk for other processes too.
         allow_private_urls: whether pictures are fetched from private addresses too.
 
@@ -64,11 +65,16 @@ class OmniVLMChatHandler:
         variant: str | None = None,
         device: str = "auto",
         n_threads: int | None = None,
+        vision_precision: str = "auto",
         disk_cache: bool = True,
         allow_private_urls: bool = False,
     ) -> None:
         self._encoder = PictureEncoder(
-            Path(mmproj), select_device(device), check_threads(n_threads), disk_cache=disk_cache
+            Path(mmproj),
+            select_device(device),
+            check_threads(n_threads),
+            disk_cache=disk_cache,
+            precision=check_precision(vision_precision),
         )
         self._variant = self._encoder.prompt_variant(variant)
         self._allow_private_urls = allow_private_urls

@@ -112,6 +112,7 @@ def compare_models(
     questions: Sequence[ExamQuestion] = (),
     device: str = "auto",
     n_threads: int | None = None,
+    vision_precision: str = "ggml",
     notify: Notify | None = None,
 ) -> list[Loss]:
     """Measures `others`, builds of the model `reference`, over pictures; the first is `reference`.
@@ -120,7 +121,9 @@ def compare_models(
     half of a file alone is the reference's; the other half of the reference is looked for beside
     it. A vision file without a text model is measured without one. `pictures` None are
     `made_pictures`. The reference answers each of the prompts about each picture with at most
-    `max_tokens`. At any time two models are loaded.
+    `max_tokens`. At any time two models are loaded. `vision_precision` is that of the others: the
+    reference's pictures are encoded by ggml, and so are theirs unless the loss of a precision is
+    wanted too.
 
     Raises ModelFileError for a model that is not found, cannot be used or is another one,
     OptionError, ImageError, DeviceError.
@@ -134,7 +137,7 @@ def compare_models(
             f"{first.vision.path}: is a vision file alone, which cannot answer questions"
         )
     options = GenerateOptions(max_tokens=max_tokens)
-    with _opened(first, device, n_threads) as (encode, model):
+    with _opened(first, device, n_threads, "ggml") as (encode, model):
         images = [encode(picture) for picture in _shown(pictures, first, "pictures")]
         answers = []
         if model is not None:
@@ -147,7 +150,7 @@ def compare_models(
         exact = _share_exact(first, model, questions)
         losses = [Loss(first.name, *first.sizes, exact=exact)]
         for build in builds:
-            with _opened(build, device, n_threads) as (own_encode, own_model):
+            with _opened(build, device, n_threads, vision_precision) as (own_encode, own_model):
                 own = [own_encode(picture) for picture in _shown(pictures, build, "pictures")]
                 text = whole = None
                 if model is not None and own_model is not None:
@@ -318,13 +321,16 @@ _Lead: TypeAlias = "tuple[tuple[ImageEmbedding, str, Answer], ImageEmbedding]"
 
 @contextmanager
 def _opened(
-    build: _Build, device: str, n_threads: int | None
+    build: _Build, device: str, n_threads: int | None, precision: str
 ) -> Iterator[tuple[_Encode, OmniVLM | None]]:
     """How the build encodes a picture, and the whole model where there is one. Nothing on disk."""
     if build.text is None:
         threads = check_threads(n_threads)
         path = build.vision.path
-        yield PictureEncoder(path, select_device(device), threads, disk_cache=False).encode, None
+        encoder = PictureEncoder(
+            path, select_device(device), threads, disk_cache=False, precision=precision
+        )
+        yield encoder.encode, None
         return
     with OmniVLM(
         build.text.path,
@@ -332,6 +338,7 @@ def _opened(
         variant=build.variant,
         device=device,
         n_threads=n_threads,
+        vision_precision=precision,
         disk_cache=False,
     ) as model:
         yield model.encode, model

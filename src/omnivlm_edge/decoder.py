@@ -79,8 +79,9 @@ class TextDecoder:
     """A text model with one context. Safe to call from several threads; calls are serialised.
 
     `n_ctx` counts the context's positions: what was asked for, at most what the model was trained
-    on (`n_ctx_train`). `n_embd` is the width of one position's embedding. A `collector`, if any, is
-    shown every matrix product, and every prompt is computed in full.
+    on (`n_ctx_train`). `n_embd` is the width of one position's embedding. With `low_memory` no
+    rearranged copies of the weights are made: slower, and half the memory. A `collector`, if any,
+    is shown every matrix product, and every prompt is computed in full.
 
     Raises ModelFileError when the file cannot be loaded, DeviceError when memory runs out.
     """
@@ -94,6 +95,7 @@ class TextDecoder:
         n_threads: int,
         n_gpu_layers: int | None = None,
         n_sequences: int = 1,
+        low_memory: bool = False,
         collector: ImportanceCollector | None = None,
     ) -> None:
         _initialise_backend()
@@ -104,7 +106,7 @@ class TextDecoder:
         # Reentrant: the garbage collector may close an abandoned sequence inside any of the calls.
         self._lock = threading.RLock()
         self._step = 0  # counts the calls that overwrite the logits
-        self._model = _load_model(path, device, n_gpu_layers)
+        self._model = _load_model(path, device, n_gpu_layers, low_memory)
         # llama.cpp's objects are freed in this order, once, by close() or with this object.
         self._owned: list[Any] = [functools.partial(llama_cpp.llama_model_free, self._model)]
         self._finalizer = weakref.finalize(self, _free_all, self._owned)
@@ -636,12 +638,12 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return np.asarray(shifted - np.log(np.exp(shifted).sum()))
 
 
-def _load_model(path: Path, device: Device, n_gpu_layers: int | None) -> Any:
+def _load_model(path: Path, device: Device, n_gpu_layers: int | None, low_memory: bool) -> Any:
     file = inspect_text_file(os.fsencode(path))
     params = llama_cpp.llama_model_default_params()
     # Rearranged copies of the weights speed quantized models up. Float weights gain nothing from
     # them (measured: AMX, F16), and stay in the file's mapping without.
-    params.use_extra_bufts = file.quantized
+    params.use_extra_bufts = file.quantized and not low_memory
     # A null-terminated list of devices; an empty one keeps everything on the CPU.
     handles = (ctypes.c_void_p * 2)(None if device.kind == "cpu" else device.handle, None)
     params.devices = ctypes.cast(handles, ctypes.c_void_p)

@@ -7,6 +7,7 @@ import os
 from . import _native
 from ._native import Device
 from .errors import DeviceError, OptionError
+from .values import VISION_PRECISIONS
 
 MAX_THREADS = 512  # GGML_MAX_N_THREADS in ggml
 
@@ -59,6 +60,15 @@ def check_threads(n_threads: int | None) -> int:
             f"n_threads is {n_threads!r}: it must be a whole number from 1 to {MAX_THREADS}"
         )
     return n_threads
+
+
+def check_precision(name: str) -> str:
+    """A vision precision's name. Raises OptionError for one that does not exist."""
+    if name not in VISION_PRECISIONS:
+        raise OptionError(
+            f"vision precision {name!r} does not exist: choose {', '.join(VISION_PRECISIONS)}"
+        )
+    return name
 
 
 def _available_cores() -> int:

@@ -296,16 +296,17 @@ def _model_checks(files: ModelFiles, device: Device) -> Iterator[Check]:
     with OmniVLM(files.text, files.mmproj, device=device.name, disk_cache=False) as engine:
         yield offload_check(device, _native.take_log_placement())
         got = engine.encode(picture).data
+        precision = engine.vision_precision
     cpu = select_device("cpu")
     reference = _native.VisionEncoder(
-        os.fsencode(files.mmproj), cpu.name, check_threads(None), flash_attention=False
+        os.fsencode(files.mmproj), cpu.name, check_threads(None), "ggml", flash_attention=False
     )
     h = reference.hparams
     pixels = normalise(resize(picture, h.image_size), h.image_mean, h.image_std)
     want = reference.encode(pixels[None])[0]
-    what = f"{device.name} against explicit attention on the CPU"
+    what = f"{device.name} ({precision}) against explicit attention on the CPU (ggml)"
     floats = ("F32", "F16", "BF16")
-    exact = inspect_file(files.mmproj).quantization in floats
+    exact = inspect_file(files.mmproj).quantization in floats and "int8" not in precision
     limit = MAX_ERROR if exact else MAX_ERROR_QUANTIZED
     yield compare(got, want, what, limit)
 

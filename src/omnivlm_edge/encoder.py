@@ -28,7 +28,8 @@ class PictureEncoder:
     """The vision path of one mmproj file on one device, and what it encoded before.
 
     `disk_cache` keeps encoded pictures and the file's hash on disk, for other processes too.
-    `collector`, if any, is shown the matrix products of each picture that is encoded.
+    `precision` and `low_memory` are Vision's. `collector`, if any, is shown the matrix products of
+    each picture that is encoded.
 
     Raises ModelFileError when the file cannot be used, DeviceError when the device fails.
     """
@@ -40,13 +41,22 @@ class PictureEncoder:
         n_threads: int,
         *,
         disk_cache: bool,
+        precision: str = "auto",
+        low_memory: bool = False,
         collector: ImportanceCollector | None = None,
     ) -> None:
         self._path = path
         self._device = device.name
         if path.exists():  # else Vision says so
             self._loaded = identity(path)
-        self._vision = Vision(path, device, n_threads, collector)
+        self._vision = Vision(
+            path,
+            device,
+            n_threads,
+            precision=precision,
+            low_memory=low_memory,
+            collector=collector,
+        )
         self._cache = self._new_cache(cache_dir() / "embeddings" if disk_cache else None)
         self._scope: str | None = None  # the vision file's digest
         #: Where files' hashes are remembered.
@@ -55,6 +65,16 @@ class PictureEncoder:
     @property
     def hparams(self) -> VisionHparams:
         return self._vision.hparams
+
+    @property
+    def precision(self) -> str:
+        """How pictures are encoded: what `auto` became."""
+        return self._vision.precision
+
+    @property
+    def kernels(self) -> str:
+        """The instruction set of the kernels; empty where ggml computes."""
+        return self._vision.kernels
 
     def prompt_variant(self, wanted: str | None) -> str:
         """The wanted variant, or the file's own. Raises OptionError for one that does not exist."""
@@ -73,8 +93,8 @@ class PictureEncoder:
     def encode(self, image: ImageSource) -> ImageEmbedding:
         """Encodes a picture, or finds it in memory or on disk.
 
-        It is found by its resized pixels, the vision file's content, the device and this package's
-        version.
+        It is found by its resized pixels, the vision file's content, the device, the precision and
+        this package's version.
 
         Raises ImageError (see `image.load_image`), DeviceError, and ModelFileError when what comes
         out is no number: the file is damaged, or the device computes wrongly.
@@ -113,7 +133,9 @@ class PictureEncoder:
             self._scope = ""
             self._cache = self._new_cache(None)
         seen = hashlib.sha256(pixels.data).hexdigest()
-        return cache_key(self._scope, self._device, pixels.shape, seen)
+        return cache_key(
+            self._scope, self._device, self.precision, self.kernels, pixels.shape, seen
+        )
 
     def _new_cache(self, directory: Path | None) -> EmbeddingCache:
         shape = self.hparams.n_tokens, self.hparams.n_embd_text

@@ -22,7 +22,7 @@ from ._native import ImportanceCollector
 from .cache import DiskCache, cache_key
 from .chat import Chat, Images, finish
 from .decoder import Embeddings, TextDecoder, Tokens, TokenSequence, cells_of
-from .device import check_threads, select_device
+from .device import check_precision, check_threads, select_device
 from .encoder import PictureEncoder
 from .errors import ClosedError, ContextOverflowError, OptionError
 from .files import identity, loaded_digest
@@ -54,6 +54,10 @@ class OmniVLM:
         n_threads: CPU threads; the cores that this process may use when left out.
         n_gpu_layers: layers of the text model on the device; all when left out.
         mmproj_offload: whether the vision path runs on the device too, or on the CPU.
+        vision_precision: how pictures are encoded on a CPU, one of VISION_PRECISIONS: `auto` is
+            `int8` where the CPU has instructions for it. GPUs compute in the file's own types.
+        low_memory: keeps the vision weights as they are in the file and expands them layer by
+            layer for every picture, and makes no faster copies of the text model's.
         disk_cache: whether encoded pictures, the beginnings of prompts and the files' hashes are
             kept on disk, for other processes too.
         collector: is shown every matrix product of both models (see `imatrix.collect`).
@@ -74,6 +78,8 @@ class OmniVLM:
         n_threads: int | None = None,
         n_gpu_layers: int | None = None,
         mmproj_offload: bool = True,
+        vision_precision: str = "auto",
+        low_memory: bool = False,
         disk_cache: bool = True,
         collector: ImportanceCollector | None = None,
     ) -> None:
@@ -83,12 +89,19 @@ class OmniVLM:
         if n_gpu_layers is not None:
             _check_whole("n_gpu_layers", n_gpu_layers, 0)
         files = find_model(model, mmproj, variant)
+        check_precision(vision_precision)
         chosen = select_device(device)
         vision_device = chosen if mmproj_offload else select_device("cpu")
 
         self._loaded = {path: identity(path) for path in (files.text, files.mmproj)}
         encoder = PictureEncoder(
-            files.mmproj, vision_device, threads, disk_cache=disk_cache, collector=collector
+            files.mmproj,
+            vision_device,
+            threads,
+            disk_cache=disk_cache,
+            precision=vision_precision,
+            low_memory=low_memory,
+            collector=collector,
         )
         self._encoder: PictureEncoder | None = encoder
         self._variant = encoder.prompt_variant(files.variant)
@@ -98,6 +111,7 @@ class OmniVLM:
             n_ctx=n_ctx,
             n_threads=threads,
             n_gpu_layers=n_gpu_layers,
+            low_memory=low_memory,
             collector=collector,
         )
         encoder.check_text_model(files.text, self._decoder.n_embd)
@@ -117,6 +131,11 @@ class OmniVLM:
     def image_tokens(self) -> int:
         """Positions that one picture takes."""
         return self._open_encoder().hparams.n_tokens
+
+    @property
+    def vision_precision(self) -> str:
+        """What `auto` became; `ggml` where ggml encodes pictures, in the file's own types."""
+        return self._open_encoder().precision
 
     @property
     def n_ctx(self) -> int:

@@ -26,11 +26,15 @@ _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: `shape` in ggml's order (fastest first), `type` a number of ggml_type."""
+    """One tensor: `shape` in ggml's order (fastest first), `type` a number of ggml_type.
+
+    `offset` is where its data begin, counted from the first tensor's.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,14 @@ class Header:
     """What stands before the tensors' data; arrays are left out of `metadata`.
 
     `arrays` says where they stand, by key: the offsets of the first byte and behind the last.
-    `partial` is true when the bytes at hand ended before the header did.
+    `partial` is true when the bytes at hand ended before the header did; otherwise `size` is the
+    bytes of the header, behind which the data begin at the next alignment.
     """
 
     metadata: dict[str, Value]
     tensors: list[TensorInfo]
     partial: bool = False
+    size: int = 0
     arrays: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -77,12 +83,12 @@ def parse_header(data: bytes | mmap.mmap, name: str) -> Header:
     """
     if data[:4] != b"GGUF":
         raise ModelFileError(f"{name}: is not a GGUF file")
-    header = Header({}, [])
+    header, reader = Header({}, []), _Reader(data, name)
     try:
-        _Reader(data, name).read(header)
+        reader.read(header)
     except _EndOfData:
         return replace(header, partial=True)
-    return header
+    return replace(header, size=reader.offset)
 
 
 class _Reader:
@@ -159,8 +165,7 @@ class _Reader:
             self.fail(f"tensor {name} has {n_dimensions} dimensions")
         shape = tuple(self.number("Q") for _ in range(n_dimensions))
         kind = self.number("I")
-        self.skip(8)  # where its data begin
-        return TensorInfo(name, shape, kind)
+        return TensorInfo(name, shape, kind, offset=self.number("Q"))
 
     def fail(self, what: str) -> NoReturn:
         raise ModelFileError(f"{self.name}: is damaged ({what}); download or convert it again")

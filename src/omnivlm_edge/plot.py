@@ -28,6 +28,8 @@ _MAX_LABELLED = 4  # cases whose bars have their numbers beside them
 
 _Point = tuple[str, float, float]  # label, MB, error
 
+_LEAST_SPAN = 0.1  # of the sizes, as a share of them
+
 # Where a label may stand, seen from its point, in points of 1/72 inch; the first that is free.
 _PLACES = [(dx, dy) for dy in (4, -10, 15, -21, 26, -32) for dx in (5, -5)]
 
@@ -113,6 +115,10 @@ def _draw(axes: Axes, points: Sequence[_Point], x_label: str, y_label: str) -> l
     if points:
         axes.set_yscale("log")
         axes.margins(0.18)
+        sizes = [x for _, x, _ in points]
+        middle, span = (min(sizes) + max(sizes)) / 2, max(sizes) - min(sizes)
+        if span < _LEAST_SPAN * middle:  # or bytes apart, as with an imatrix, look like a choice
+            axes.set_xlim(middle * (1 - _LEAST_SPAN), middle * (1 + _LEAST_SPAN))
     else:
         axes.text(0.5, 0.5, "nothing is lost", ha="center", transform=axes.transAxes)
         axes.set(xticks=[], yticks=[])
@@ -129,7 +135,7 @@ def _place(axes: Axes, labels: Sequence[Annotation]) -> None:
     for label in labels:
         x, y = axes.transData.transform(label.xy)
         taken.append(Bbox.from_extents(x - 5, y - 5, x + 5, y + 5))
-    for label in labels:
+    for label in sorted(labels, key=lambda label: -label.xy[1]):  # those of a column in its order
         for dx, dy in _PLACES:
             label.xyann = (dx, dy)
             label.set_horizontalalignment("left" if dx > 0 else "right")

@@ -15,9 +15,10 @@ from .errors import OptionError
 
 DEFAULT_MAX_TOKENS = 512  # or what the context has room for
 DEFAULT_N_CTX = 2048  # positions
-# How the vision tower computes on a CPU.
-VISION_PRECISIONS = ("auto", "int8", "int8-fast", "int8-block32", "bf16", "f32")
 MAX_SEED = 2**32 - 2  # one less than llama.cpp's seeds: its largest means "random"
+
+#: How the vision path is computed on a CPU; see the README. `ggml`: in the file's types.
+VISION_PRECISIONS = ("auto", "int8", "int8-fast", "int8-block32", "bf16", "f32", "ggml")
 
 FinishReason = Literal["stop", "length"]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import OptionError
+from ..values import VISION_PRECISIONS
 from .options import complete_path, model_argument, note, setting
 
 if TYPE_CHECKING:
@@ -58,6 +59,13 @@ _COLUMNS = "model,MB,cosine,worst,error,KL text,top-1,KL whole,top-1,exact".spli
     help="Draw size against error into this PNG file. Needs the extra `plot`.",
 )
 @setting("-t", "--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: all cores]")
+@click.option(
+    "--vision-precision",
+    type=click.Choice(VISION_PRECISIONS),
+    default="ggml",
+    show_default=True,
+    help="How the builds B encode pictures; A is always computed by ggml, in its own types.",
+)
 @setting("--device", default="auto", show_default=True, help="auto, cpu, cuda, metal, vulkan, …")
 def compare(
     reference: str,
@@ -69,6 +77,7 @@ def compare(
     as_json: bool,
     plot: Path | None,
     threads: int | None,
+    vision_precision: str,
     device: str,
 ) -> None:
     """Measure what builds B of a model lose against its build A.
@@ -109,6 +118,7 @@ def compare(
         questions=exam,
         device=device,
         n_threads=threads,
+        vision_precision=vision_precision,
         notify=note,
     )
     if as_json:

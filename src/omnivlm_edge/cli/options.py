@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from ..values import VISION_PRECISIONS
+
 if TYPE_CHECKING:
     from ..values import ModelFiles
 
@@ -22,6 +24,17 @@ def setting(*names: str, **attributes: Any) -> Decorator:
     long = next(name for name in names if name.startswith("--"))
     variable = "OMNIVLM_" + long.split("/")[0].removeprefix("--").replace("-", "_").upper()
     return click.option(*names, envvar=variable, show_envvar=True, **attributes)
+
+
+def vision_precision_option() -> Decorator:
+    """The option --vision-precision."""
+    return setting(
+        "--vision-precision",
+        type=click.Choice(VISION_PRECISIONS),
+        default="auto",
+        show_default=True,
+        help="How pictures are encoded on a CPU; auto is int8 where the CPU is made for it.",
+    )
 
 
 def model_argument(name: str = "model", **attributes: Any) -> Decorator:

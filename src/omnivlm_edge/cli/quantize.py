@@ -64,7 +64,7 @@ def _rule(_context: click.Context, _parameter: click.Parameter, given: Sequence[
     "--report", is_flag=True, help="Print what was lost, as `omnivlm-edge compare` measures it."
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be written, tensor by tensor.")
-@setting("-t", "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@setting("-t", "--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: all]")
 def quantize(
     model: str,
     out: Path | None,
@@ -88,6 +88,12 @@ def quantize(
     OUT, which is the source's own when left out (the current one for names). Name the type as
     `--type q4_k_m`, or `--q4_k_m` for short.
     """
+    if out is not None and out.suffix.lower() == ".gguf" and not out.exists():
+        raise click.BadParameter(
+            f"{str(out)!r} would be a directory; the files in it are named by model and type",
+            param_hint="OUT",
+        )
+
     from ..model_file import inspect_file
     from ..quantize.file import output_name, plan_file
     from ..quantize.plan import NOT_IN_IMATRIX

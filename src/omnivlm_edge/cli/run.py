@@ -8,7 +8,7 @@ import click
 
 from ..errors import OptionError
 from ..values import DEFAULT_N_CTX, MAX_SEED, GenerateOptions
-from .options import complete_path, consent, model_argument, note, setting
+from .options import complete_path, consent, model_argument, note, setting, vision_precision_option
 from .output import Output, describe
 
 DEFAULTS = GenerateOptions()
@@ -105,6 +105,10 @@ DEFAULTS = GenerateOptions()
     type=click.IntRange(min=0),
     help="Layers of the text model on the GPU.  [default: all]",
 )
+@vision_precision_option()
+@setting(
+    "--low-memory", is_flag=True, help="Expand weights only while they are used: smaller, slower."
+)
 @setting("--no-mmproj-offload", is_flag=True, help="Encode pictures on the CPU.")
 @setting("--no-cache", is_flag=True, help="Keep no pictures, prompts, hashes and lines on disk.")
 @setting("--allow-private-urls", is_flag=True, help="Fetch pictures from private addresses too.")
@@ -133,6 +137,8 @@ def run(
     threads: int | None,
     device: str,
     n_gpu_layers: int | None,
+    vision_precision: str,
+    low_memory: bool,
     no_mmproj_offload: bool,
     no_cache: bool,
     allow_private_urls: bool,
@@ -191,6 +197,8 @@ def run(
         n_threads=threads,
         n_gpu_layers=n_gpu_layers,
         mmproj_offload=not no_mmproj_offload,
+        vision_precision=vision_precision,
+        low_memory=low_memory,
         disk_cache=not no_cache,
     ) as engine:
         if (

@@ -5,10 +5,14 @@ It keeps what it is told: one type and one vector of importance for each matrix 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import pickle
 import re
 import sys
+import threading
+import time
 from typing import Any
 
 import llama_cpp
@@ -20,7 +24,18 @@ _ROWS_IN_MEMORY = 256 << 20  # bytes; llama.cpp's own limit is 8 GiB
 
 def main() -> None:
     """Follows the order on stdin, with llama.cpp's log on stderr; exits with its status."""
-    sys.exit(quantize(**pickle.load(sys.stdin.buffer)))
+    parent, order = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=end_with, args=(parent, order["output"]), daemon=True).start()
+    sys.exit(quantize(**order))
+
+
+def end_with(parent: int, output: bytes) -> None:
+    """Ends this process, and what it has written, when its parent has been killed."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    with contextlib.suppress(OSError):
+        os.unlink(output)
+    os._exit(1)
 
 
 def quantize(

@@ -80,8 +80,8 @@ def plan_tensors(
 ) -> list[PlannedTensor]:
     """The tensors of the new file, in the order of the old one.
 
-    Raises OptionError for options that do not fit this file, ModelFileError when it is quantized
-    already, holds a type that nobody knows or is not that of the importance matrix.
+    Raises OptionError for options that do not fit this file, ModelFileError when it is cut off,
+    quantized already, holds a type that nobody knows or is not that of the importance matrix.
     """
     tensors = [t for t in file.header.tensors if not t.name.startswith(UNUSED_PREFIX)]
     tied = all(tensor.name != "output.weight" for tensor in tensors)
@@ -95,6 +95,11 @@ def plan_tensors(
             raise ModelFileError(
                 f"{file.path}: tensor {tensor.name} has the unknown type {tensor.type}"
             ) from exc
+        if _end_of_data(file, tensor, source) > file.size:
+            raise ModelFileError(
+                f"{file.path}: tensor {tensor.name} reaches beyond the end of the file: it was cut "
+                "off; download or convert it again"
+            )
         shape = tuple(reversed(tensor.shape))
         if file.kind == "vision":
             shape = _padded(file, tensor.name, shape, width)
@@ -141,6 +146,12 @@ def _padded_width(file: ModelFile, rules: Sequence[Rule]) -> int:
     if all(choose(name, WIDTH_MULTIPLE, rules)[0] in FLOATS for name in names):
         return width
     return width + -width % WIDTH_MULTIPLE
+
+
+def _end_of_data(file: ModelFile, tensor: TensorInfo, kind: GGMLType) -> int:
+    """The least offset in the file at which the tensor can end: alignment is not counted."""
+    block, size = GGML_QUANT_SIZES[kind]
+    return file.header.size + tensor.offset + prod(tensor.shape) // block * size
 
 
 def _is_matrix(file: ModelFile, tensor: TensorInfo) -> bool:

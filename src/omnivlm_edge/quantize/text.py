@@ -49,7 +49,7 @@ def _run(order: dict[str, Any], progress: Callable[[int, int], None]) -> str:
     """Runs the child and follows llama.cpp's log; the reason of a failure, or nothing."""
     line = ""
     with tempfile.TemporaryFile() as stdin:  # a pipe could fill up before the child reads
-        pickle.dump(order, stdin)
+        pickle.dump((os.getpid(), order), stdin)
         stdin.seek(0)
         with subprocess.Popen(
             [sys.executable, "-c", _CHILD.format(sys.path)],

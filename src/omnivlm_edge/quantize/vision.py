@@ -26,7 +26,9 @@ _SLICE = 1 << 22  # weights quantized between two looks at Ctrl-C
 def quantize_vision(job: Job) -> None:
     """Raises ModelFileError when the file cannot be used, ConvertError when the disk is full."""
     source = job.source.path
-    Vision(source, select_device("cpu"), job.n_threads)  # checks every key and shape
+    Vision(
+        source, select_device("cpu"), job.n_threads, precision="ggml"
+    )  # checks every key and shape
     reader = open_gguf(source)
     found = {tensor.name: tensor for tensor in reader.tensors}
     architecture = reader.fields["general.architecture"].contents()

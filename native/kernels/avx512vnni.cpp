@@ -1,0 +1,70 @@
+// x86-64 with AVX-512 VNNI and BF16 (Zen 4 and later, Cooper Lake, Sapphire Rapids).
+
+#include "cpu.h"
+#include "instruction-sets.h"
+#include "loops.h"
+#include "tile.h"
+
+#include <immintrin.h>
+
+namespace omnivlm {
+namespace {
+
+struct Vector512 {
+    using Vector               = __m512i;
+    using Operand              = __m512i;
+    static constexpr int BYTES = 64;
+
+    static __m512i zero() { return _mm512_setzero_si512(); }
+    static __m512i load(const char * p) { return _mm512_loadu_si512(p); }
+    static void    store(char * p, __m512i v) { _mm512_storeu_si512(p, v); }
+
+    static __m512i broadcast(const char * p) {
+        int32_t word;
+        __builtin_memcpy(&word, p, 4);
+        return _mm512_set1_epi32(word);
+    }
+};
+
+struct Int8 : Vector512 {
+    static constexpr int KP = 4, OPS = 128;
+
+    static __m512i dot(__m512i acc, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(acc, a, b); }
+};
+
+struct Bf16 : Vector512 {
+    static constexpr int KP = 2, OPS = 64;
+
+    static __m512i dot(__m512i acc, __m512i a, __m512i b) {
+        return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(acc), (__m512bh)a, (__m512bh)b));
+    }
+};
+
+struct F32 : Vector512 {
+    static constexpr int KP = 1, OPS = 32;
+
+    static __m512i dot(__m512i acc, __m512i a, __m512i b) {
+        return _mm512_castps_si512(
+            _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), _mm512_castsi512_ps(acc)));
+    }
+};
+
+struct Isa {
+    static constexpr float    INT8_MAX_ROW  = 255.0F;
+    static constexpr unsigned INT8_ROW_BIAS = 0;
+
+    static constexpr MicroKernel int8() { return micro_kernel<Int8, 9, 3>(); }
+    static constexpr MicroKernel bf16() { return micro_kernel<Bf16, 9, 3>(); }
+    static constexpr MicroKernel f32() { return micro_kernel<F32, 9, 3>(); }
+};
+
+bool supported() {
+    const CpuFeatures & cpu = cpu_features();
+    return cpu.avx512 && cpu.avx512_vnni && cpu.avx512_bf16;
+}
+
+}  // namespace
+
+constexpr Kernels AVX512_VNNI = Loops<Isa>::table("avx512-vnni", supported);
+
+}  // namespace omnivlm

@@ -1,0 +1,117 @@
+// The matrix products of the vision tower on a CPU: what an instruction set's source file provides, and how
+// operands lie in memory. Knows nothing of ggml, files or models.
+//
+// A product y = x w^T + b multiplies rows of activations with panels of weights. A micro-kernel computes one tile of
+// `mr` rows by `nr` columns. In each of its steps it takes the next `kp` values of each row and the next
+// [nr][kp] values of the panel, so that both are read in the order in which they lie.
+//
+// INT8 operands stand for  scale * q + offset  (rows) and  scale * q  (panels), with a scale for each block
+// of `block` values along the inner dimension; the offset, the row's smallest value, costs one more multiplication
+// with the panel's sums. BF16 and F32 operands have no scales.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace omnivlm {
+
+enum class Operand { INT8, BF16, F32 };
+constexpr int N_OPERANDS = 3;
+
+enum class Epilogue { NONE, GELU_TANH, GELU_ERF, RESIDUAL };
+
+struct MicroKernel {
+    int mr;  // rows of a tile
+    int nr;  // columns of a tile, a multiple of 16
+    int kp;  // inner values of a step
+    // Rows start `row_bytes` behind each other. Writes [mr][nr] int32 (INT8) or float.
+    void (*run)(const char * rows, size_t row_bytes, const char * panel, int64_t n_steps, void * tile);
+    // Does nothing but multiply and add, in registers, in `n` rounds; returns the operations done.
+    double (*peak)(int64_t n);
+};
+
+// How the inner dimension of one product's operands is laid out for one micro-kernel.
+struct Packing {
+    Operand operand;
+    int     mr, nr, kp;
+    int64_t n_in;      // values that count
+    int64_t block;     // values that share a scale; a multiple of kp
+    int64_t n_blocks;  // n_in is padded with zeros to block * n_blocks
+
+    int64_t n_padded() const { return block * n_blocks; }
+    int64_t value_bytes() const { return operand == Operand::INT8 ? 1 : operand == Operand::BF16 ? 2 : 4; }
+
+    // A row: values, and for INT8 float scale[n_blocks], offset[n_blocks].
+    size_t row_values_bytes() const;
+    size_t row_bytes() const;
+
+    // A panel: values [steps][nr][kp], and for INT8 float scale[n_blocks][nr], scaled sum[n_blocks][nr].
+    size_t panel_values_bytes() const;
+    size_t panel_bytes() const;
+    size_t panel_scratch_bytes() const { return static_cast<size_t>(nr) * row_values_bytes(); }
+};
+
+// Weights and biases of a layer norm, [n_in] each.
+struct NormWeights {
+    const float * weight;
+    const float * bias;
+    float         eps;
+};
+
+struct LinearTask {
+    Packing       packing;
+    const char *  rows;      // [n_rows, padded to a multiple of mr][row_bytes]
+    const char *  panels;    // [panels][panel_bytes]
+    const float * bias;      // [n_out]
+    const float * residual;  // [n_rows][n_out], for RESIDUAL
+    float *       out;       // [n_rows][n_out]
+    int64_t       n_rows;
+    int64_t       n_out;
+    Epilogue      epilogue;
+};
+
+// Full attention of one head of one picture; q, k, v and out are [n_tokens][stride], the head's columns first.
+struct AttentionTask {
+    Operand       operand;
+    const float * q;
+    const float * k;
+    const float * v;
+    float *       out;
+    int64_t       n_tokens;
+    int64_t       d_head;
+    int64_t       stride;
+    float         scale;  // of the products before softmax
+};
+
+// All of one instruction set. Functions are reentrant; `scratch` is a thread's own, 64-byte aligned.
+struct Kernels {
+    const char * name;
+    bool (*supported)();  // by this machine
+    MicroKernel micro[N_OPERANDS];
+
+    // x [n_in] -> one row of activations; normalised first, if `norm` is not null. scratch: n_padded floats.
+    void (*write_row)(const Packing & packing, const float * x, const NormWeights * norm, float * scratch, char * row);
+
+    // Rows [n_valid <= nr][n_in], `stride` floats apart -> one panel. scratch: packing.panel_scratch_bytes().
+    void (*write_panel)(const Packing & packing, const float * rows, int64_t stride, int n_valid, char * scratch,
+                        char * panel);
+
+    // One panel's columns of the rows from `row_begin` (a multiple of mr) to `row_end`.
+    void (*linear)(const LinearTask & task, int64_t panel, int64_t row_begin, int64_t row_end);
+
+    // The queries from `query_begin` to `query_end`.
+    void (*attention)(const AttentionTask & task, int64_t query_begin, int64_t query_end, char * scratch);
+    size_t (*attention_scratch_bytes)(const AttentionTask & task);
+
+    Packing packing(Operand operand, int64_t n_in, int64_t block) const;  // `block` 0: one for all values
+};
+
+// Every instruction set that this build has code for, the quickest first; the portable one is the last.
+const std::vector<const Kernels *> & all_kernels();
+
+// The quickest that this machine supports.
+const Kernels & best_kernels();
+
+}  // namespace omnivlm
