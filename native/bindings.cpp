@@ -3,6 +3,7 @@
 #include "errors.h"
 #include "importance.h"
 #include "log-sink.h"
+#include "peak.h"
 #include "quantize.h"
 #include "text-file.h"
 #include "vision-encoder.h"
@@ -220,6 +221,18 @@ NB_MODULE(_native, m) {
         .def_prop_ro("precision", &VisionEncoder::precision, "What `auto` became; `ggml` where ggml computes.")
         .def_prop_ro("kernels", &VisionEncoder::kernels, "The instruction set; empty where ggml computes.");
 
+    m.def(
+        "peak_gops",
+        [](const std::string & precision, int n_threads) {
+            const nb::gil_scoped_release release;
+            return peak_gops(precision_on_cpu(precision, best_kernels()), n_threads);
+        },
+        "precision"_a, "n_threads"_a,
+        "1e9 operations a second of the instructions that a precision's kernels multiply with; 0 for `ggml`.");
+    m.def(
+        "cpu_precision",
+        [](const std::string & precision) { return name_of(precision_on_cpu(precision, best_kernels())); },
+        "precision"_a, "What a precision becomes on this machine's CPU.");
     m.def("kernels", &kernel_names, "The instruction sets that this machine has kernels for, the quickest first.");
 
     m.def("devices", &devices, "Every device that ggml was built with and finds on this machine.");

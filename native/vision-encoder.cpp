@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <iterator>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -48,17 +47,6 @@ const ggml_tensor * first_unsupported(ggml_backend_t backend, ggml_cgraph * grap
     return nullptr;
 }
 
-struct NamedPrecision {
-    const char * name;
-    Precision    precision;
-};
-
-constexpr NamedPrecision PRECISIONS[] = {
-    { "ggml", Precision::GGML },           { "int8", Precision::INT8 },
-    { "int8-fast", Precision::INT8_FAST }, { "int8-block32", Precision::INT8_BLOCK32 },
-    { "bf16", Precision::BF16 },           { "f32", Precision::F32 },
-};
-
 bool is_cpu(ggml_backend_dev_t device) {
     return ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
 }
@@ -76,19 +64,14 @@ const Kernels & find_kernels(const std::string & name) {
 }
 
 Precision choose_precision(const VisionEncoder::Options & options, bool cpu, const Kernels & kernels) {
-    if (options.precision == "auto") {
-        return cpu && &kernels != all_kernels().back() ? Precision::INT8 : Precision::GGML;
+    if (cpu) {
+        return precision_on_cpu(options.precision, kernels);
     }
-    for (const NamedPrecision & named : PRECISIONS) {
-        if (options.precision == named.name) {
-            if (!cpu && named.precision != Precision::GGML) {
-                throw DeviceError("vision precision '" + options.precision + "' is for the CPU; device '" +
-                                  options.device + "' computes in the file's own types: take 'auto'");
-            }
-            return named.precision;
-        }
+    if (options.precision != "auto" && precision_named(options.precision) != Precision::GGML) {
+        throw DeviceError("vision precision '" + options.precision + "' is for the CPU; device '" + options.device +
+                          "' computes in the file's own types: take 'auto'");
     }
-    throw std::invalid_argument("there is no precision '" + options.precision + "'");
+    return Precision::GGML;
 }
 
 std::vector<PackedWeights::Source> matrices(const VisionModel & model, const Kernels & kernels, Precision precision) {
@@ -129,9 +112,7 @@ VisionEncoder::VisionEncoder(const std::string & path, const Options & options) 
 }
 
 const char * VisionEncoder::precision() const {
-    return std::find_if(std::begin(PRECISIONS), std::end(PRECISIONS),
-                        [this](const NamedPrecision & named) { return named.precision == precision_; })
-        ->name;
+    return name_of(precision_);
 }
 
 const char * VisionEncoder::kernels() const {

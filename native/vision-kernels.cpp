@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
+#include <stdexcept>
 
 namespace omnivlm {
 namespace {
@@ -9,6 +11,20 @@ namespace {
 constexpr int64_t INT8_BLOCK     = 576;  // half of a row of the published tower
 constexpr int64_t ROWS_AT_ONCE   = 8;
 constexpr int64_t UNITS_A_THREAD = 12;  // enough that a thread which falls behind holds up little
+
+struct NamedPrecision {
+    const char * name;
+    Precision    precision;
+};
+
+constexpr NamedPrecision PRECISIONS[] = {
+    { "ggml", Precision::GGML },
+    { "int8", Precision::INT8 },
+    { "int8-fast", Precision::INT8_FAST },
+    { "int8-block32", Precision::INT8_BLOCK32 },
+    { "bf16", Precision::BF16 },
+    { "f32", Precision::F32 },
+};
 
 int64_t n_rows_of(const ggml_tensor * x) {
     return ggml_nelements(x) / x->ne[0];
@@ -38,6 +54,27 @@ std::string stage_of(const ggml_tensor * weight) {
 }
 
 }  // namespace
+
+Precision precision_named(const std::string & name) {
+    for (const NamedPrecision & named : PRECISIONS) {
+        if (name == named.name) {
+            return named.precision;
+        }
+    }
+    throw std::invalid_argument("there is no precision '" + name + "'");
+}
+
+Precision precision_on_cpu(const std::string & name, const Kernels & kernels) {
+    if (name == "auto") {
+        return &kernels != all_kernels().back() ? Precision::INT8 : Precision::GGML;
+    }
+    return precision_named(name);
+}
+
+const char * name_of(Precision precision) {
+    const auto is_named = [precision](const NamedPrecision & named) { return named.precision == precision; };
+    return std::find_if(std::begin(PRECISIONS), std::end(PRECISIONS), is_named)->name;
+}
 
 Packing packing_of(const Kernels & kernels, Precision precision, Part part, int64_t n_in) {
     const int64_t block = precision == Precision::INT8 ? INT8_BLOCK : precision == Precision::INT8_BLOCK32 ? 32 : 0;

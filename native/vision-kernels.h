@@ -23,6 +23,13 @@ enum class Precision {
     F32,
 };
 
+// "ggml", "int8", "int8-fast", "int8-block32", "bf16" or "f32". Throws std::invalid_argument for any other name.
+Precision    precision_named(const std::string & name);
+const char * name_of(Precision precision);
+
+// The same on the CPU, where "auto" is "int8" if there are instructions for it, else "ggml".
+Precision precision_on_cpu(const std::string & name, const Kernels & kernels);
+
 enum class Part { PATCHES, TOWER, PROJECTOR };
 
 // The layout of operands for the products of one part of the model.

@@ -124,6 +124,11 @@ class VisionEncoder:
         float32 [n, 3, image_size, image_size], normalised -> float32 [n, n_tokens, n_embd_text].
         """
 
+    def profile(self, pixels: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu', writable=False)]) -> dict[str, float]:
+        """
+        float32 [1, 3, image_size, image_size] -> seconds of each kind of node, by name.
+        """
+
     @property
     def hparams(self) -> VisionHparams: ...
 
@@ -134,6 +139,14 @@ class VisionEncoder:
     @property
     def kernels(self) -> str:
         """The instruction set; empty where ggml computes."""
+
+def peak_gops(precision: str, n_threads: int) -> float:
+    """
+    1e9 operations a second of the instructions that a precision's kernels multiply with; 0 for `ggml`.
+    """
+
+def cpu_precision(precision: str) -> str:
+    """What a precision becomes on this machine's CPU."""
 
 def kernels() -> list[str]:
     """

@@ -96,8 +96,7 @@ def peak_bandwidth(n_threads: int) -> float:
 
 def peak_gops(precision: str, n_threads: int) -> float | None:
     """1e9 operations a second of the vision tower's matrix kernel; None where there is none."""
-    measure = getattr(_native, "peak_gops", None)
-    return None if measure is None else float(measure(precision, n_threads))
+    return _native.peak_gops(precision, n_threads) or None
 
 
 def _read(path: Path) -> str:
