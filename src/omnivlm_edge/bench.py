@@ -84,8 +84,6 @@ def engine_arguments(case: Case) -> dict[str, Any]:
         "vision_precision": case.precision,
         "low_memory": case.low_memory,
         "disk_cache": False,
-        "vision_precision": case.precision,
-        "low_memory": case.low_memory,
     }
 
 
