@@ -31,7 +31,8 @@ import click
 from contenders import ANSWERERS, ENCODERS, STOCK_ANSWERER, STOCK_ENCODER
 from contenders.base import MAX_TOKENS, Contender, Files, Question, Timed
 from contenders.process import Child, ChildError
-from full_size import commit, machine
+
+from omnivlm_edge.machine import commit, describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "side_by_side.jsonl"
 SCRATCH = "side_by_side"
@@ -78,8 +79,8 @@ def main(
     for count in threads or (os.cpu_count() or 1,):
         about = {
             "run": run,
-            "commit": commit(),
-            "machine": machine(),
+            "commit": commit(Path(__file__)),
+            "machine": describe_machine(),
             "threads": count,
             "repeats": repeats,
             "picture": f"astronaut {WIDTH}x{HEIGHT} JPEG (scikit-image)",

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from . import _native
-from .device import available_devices, check_threads, select_device
+from .device import available_devices, check_precision, check_threads, select_device
 from .errors import OmniVLMError, OptionError
 from .files import digest_file
 from .image import load_image
@@ -36,7 +36,7 @@ from .made_pictures import made_pictures
 from .memory import check_fits, memory_needed
 from .model_file import ModelFile, inspect_file
 from .power import Meter, find_meter, memory_growth, watts
-from .values import DEFAULT_N_CTX, VISION_PRECISIONS, ModelFiles
+from .values import DEFAULT_N_CTX, ModelFiles
 
 STAGES = ("load", "preprocess", "encode", "prefill", "first_token", "decode", "total")
 MADE_SIZE = (1046, 1568)  # pixels
@@ -81,9 +81,9 @@ def engine_arguments(case: Case) -> dict[str, Any]:
         "n_threads": case.n_threads,
         "n_gpu_layers": case.n_gpu_layers,
         "mmproj_offload": case.mmproj_offload,
-        "disk_cache": False,
         "vision_precision": case.precision,
         "low_memory": case.low_memory,
+        "disk_cache": False,
     }
 
 
@@ -101,9 +101,7 @@ def make_cases(
     ImageError for what cannot be run at all, a model larger than the memory among it.
     """
     for precision in precisions:
-        if precision not in VISION_PRECISIONS:
-            names = ", ".join(VISION_PRECISIONS)
-            raise OptionError(f"the precision is '{precision}': it must be one of {names}")
+        check_precision(precision)
     load_image(image)
     places = (str(files.text), str(files.mmproj), str(image), files.variant)
     combinations = product(precisions, dict.fromkeys(map(check_threads, threads)))
@@ -260,6 +258,7 @@ class _Facts:
             "n_gpu_layers": 0 if on_cpu else -1 if case.n_gpu_layers is None else case.n_gpu_layers,
             "mmproj_offload": case.mmproj_offload,
             "vision_precision": case.precision,
+            "vision_precision_used": None,
             "low_memory": case.low_memory,
             "picture": self._once(_describe_picture, case.image),
             "prompt": case.prompt,

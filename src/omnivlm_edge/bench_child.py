@@ -45,6 +45,7 @@ def measure(case: Case, started: float) -> Iterator[Record]:
     with OmniVLM(case.text, case.mmproj, **engine_arguments(case)) as engine:
         facts: Record = {"first_load_ns": _ns(engine.load_seconds)}
         facts |= {"device": engine.device, "vision_device": engine.vision_device}
+        facts["vision_precision_used"] = engine.vision_precision
         yield _message("loaded", facts=facts)
         for repeat in range(1 + case.repeats):
             engine.forget()  # all stages are computed every time

@@ -68,7 +68,9 @@ if TYPE_CHECKING:
     show_default=True,
     help=f"How pictures are encoded on the CPU: {', '.join(VISION_PRECISIONS)}.",
 )
-@click.option("--low-memory", is_flag=True, help="Measure with as little memory as possible.")
+@click.option(
+    "--low-memory", is_flag=True, help="Expand weights only while they are used: smaller, slower."
+)
 @setting(
     "-ngl",
     "--n-gpu-layers",

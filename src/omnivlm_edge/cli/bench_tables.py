@@ -57,7 +57,7 @@ def _markdown(records: Sequence[Record]) -> str:
 def _rows(record: Record) -> Iterator[list[str]]:
     size = (record["model_size"] + record["mmproj_size"]) / 1e6
     case = [record["model_filename"].removesuffix(".gguf"), f"{size:.1f}", record["device"]]
-    case += [record["vision_precision"], str(record["n_threads"])]
+    case += [_precision(record), str(record["n_threads"])]
     for row in record["stages"]:
         tokens = f" {row['n_tokens']}" if row["n_tokens"] else ""
         share = record.get(_SHARES.get(row["test"], ""))
@@ -72,6 +72,12 @@ def _rows(record: Record) -> Iterator[list[str]]:
         ]
     if record["error"]:
         yield [*case, "failed", *[""] * 5]
+
+
+def _precision(record: Record) -> str:
+    """What was asked for, and what became of it where that was `auto`."""
+    asked, used = record["vision_precision"], record["vision_precision_used"]
+    return f"{asked} ({used})" if asked == "auto" and used else str(asked)
 
 
 def _with_deviation(mean: float, deviation: float) -> str:
