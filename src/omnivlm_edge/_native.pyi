@@ -85,6 +85,17 @@ class TextFile:
     def quantized(self) -> bool:
         """Some of its tensors are."""
 
+    @property
+    def n_embd(self) -> int:
+        """
+        Width of what `embed` gives; 0 for models whose tokens become embeddings in another way.
+        """
+
+    def embed(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
+        """
+        int32 [n] -> float32 [n, n_embd], as llama.cpp computes it. Raises IndexError.
+        """
+
 class ChannelSums:
     """Sums over the rows of activations that one weight matrix multiplied."""
 
@@ -122,6 +133,11 @@ class VisionEncoder:
     def encode(self, pixels: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu', writable=False)], collector: ImportanceCollector | None = None) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None, None))]:
         """
         float32 [n, 3, image_size, image_size], normalised -> float32 [n, n_tokens, n_embd_text].
+        """
+
+    def profile(self, pixels: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu', writable=False)]) -> dict[str, float]:
+        """
+        float32 [1, 3, image_size, image_size] -> seconds of each kind of node, by name.
         """
 
     @property

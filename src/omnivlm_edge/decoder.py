@@ -10,6 +10,7 @@ import codecs
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import threading
 import weakref
@@ -24,6 +25,7 @@ import numpy.typing as npt
 from ._native import (
     Device,
     ImportanceCollector,
+    TextFile,
     importance_callback_address,
     inspect_text_file,
     log_sink_address,
@@ -106,7 +108,8 @@ class TextDecoder:
         # Reentrant: the garbage collector may close an abandoned sequence inside any of the calls.
         self._lock = threading.RLock()
         self._step = 0  # counts the calls that overwrite the logits
-        self._model = _load_model(path, device, n_gpu_layers, low_memory)
+        self._file = inspect_text_file(os.fsencode(path))
+        self._model = _load_model(path, self._file, device, n_gpu_layers, low_memory)
         # llama.cpp's objects are freed in this order, once, by close() or with this object.
         self._owned: list[Any] = [functools.partial(llama_cpp.llama_model_free, self._model)]
         self._finalizer = weakref.finalize(self, _free_all, self._owned)
@@ -200,16 +203,17 @@ class TextDecoder:
         with self._lock:
             self._open_context()
             _check_open(sequence)
+            cells = cells_of(parts)
             if sequence.position == 0:
-                cells = cells_of(parts) if self._collector is None else []
-                kept = self._keep_common(sequence.seq_id, cells)
-                sequence.position = sequence.n_cached = kept
-                parts = _skip(parts, sequence.n_cached)
-            self._make_room(sum(len(part) for part in parts))
-            chunks = [chunk for part in parts for chunk in self._chunks(part)]
-            for i, chunk in enumerate(chunks):
-                last = len(chunk) - 1 if final and i == len(chunks) - 1 else len(chunk)
-                self._append(sequence, chunk, logits_from=last)
+                known = cells if self._collector is None else []
+                sequence.n_cached = self._keep_common(sequence.seq_id, known)
+                sequence.position = sequence.n_cached
+                parts, cells = _skip(parts, sequence.n_cached), cells[sequence.n_cached :]
+            self._make_room(len(cells))
+            for chunk in self._chunks(parts):
+                last = len(chunk) - 1 if final and len(chunk) == len(cells) else len(chunk)
+                self._append(sequence, chunk, cells[: len(chunk)], logits_from=last)
+                cells = cells[len(chunk) :]
 
     def holds(self, sequence: TokenSequence, parts: Sequence[Tokens | Embeddings]) -> bool:
         """Whether a new sequence finds all these parts in its place of the context."""
@@ -265,7 +269,7 @@ class TextDecoder:
                 score = float(first[tokens[0]])
                 if len(tokens) > 1:
                     self._make_room(len(tokens) - 1)
-                    self._append(sequence, tokens[:-1], logits_from=0)
+                    self._append(sequence, tokens[:-1], tokens[:-1], logits_from=0)
                     for i, token in enumerate(tokens[1:]):
                         score += float(log_softmax(self._logits_at(i))[token])
                     sequence.position = start
@@ -296,7 +300,7 @@ class TextDecoder:
                 self._open_context()
                 _check_open(sequence)
                 self._make_room(len(chunk))
-                self._append(sequence, chunk, logits_from=0)
+                self._append(sequence, chunk, chunk, logits_from=0)
                 logits = [self._logits_at(i).copy() for i in range(len(chunk))]
         yield from logits
 
@@ -430,12 +434,30 @@ class TextDecoder:
             return self._piece(token)
         return buffer.raw[:size]
 
-    def _chunks(self, part: Tokens | Embeddings) -> Iterator[Tokens | Embeddings]:
-        for start in range(0, len(part), self._n_batch):
-            yield part[start : start + self._n_batch]
+    def _chunks(self, parts: Sequence[Tokens | Embeddings]) -> Iterator[Tokens | Embeddings]:
+        """The parts in as few batches as llama.cpp takes, each of tokens alone or embeddings alone.
+
+        Every batch reads all the weights once more, so tokens between pictures become embeddings.
+        """
+        runs = _joined(parts)
+        if len(runs) > 1 and self._file.n_embd == self.n_embd:
+            runs = [np.concatenate([self._embed(run) for run in runs])]
+        for run in runs:
+            for start in range(0, len(run), self._n_batch):
+                yield run[start : start + self._n_batch]
+
+    def _embed(self, run: Tokens | Embeddings) -> Embeddings:
+        if isinstance(run, list):
+            return self._file.embed(np.asarray(run, dtype=np.int32))
+        return run
 
     def _append(
-        self, sequence: TokenSequence, chunk: Tokens | Embeddings, *, logits_from: int
+        self,
+        sequence: TokenSequence,
+        chunk: Tokens | Embeddings,
+        cells: Sequence[Cell],
+        *,
+        logits_from: int,
     ) -> None:
         self._step += 1
         if isinstance(chunk, list):
@@ -451,7 +473,7 @@ class TextDecoder:
             decode_embeddings(
                 self._context, chunk, sequence.position, sequence.seq_id, logits_from=logits_from
             )
-        self._cells[sequence.seq_id] += cells_of([chunk])
+        self._cells[sequence.seq_id] += cells
         sequence.position += len(chunk)
         if logits_from < len(chunk):
             sequence._output_index, sequence._step = len(chunk) - 1, self._step
@@ -491,6 +513,16 @@ def cells_of(parts: Sequence[Tokens | Embeddings]) -> list[Cell]:
             digest = hashlib.sha256(np.ascontiguousarray(part).data).hexdigest()
             cells += [(digest, row) for row in range(len(part))]
     return cells
+
+
+def _joined(parts: Sequence[Tokens | Embeddings]) -> list[Tokens | Embeddings]:
+    """The parts, with neighbours of one kind made one."""
+    runs: list[Tokens | Embeddings] = []
+    filled = (part for part in parts if len(part))
+    for is_tokens, group in itertools.groupby(filled, lambda part: isinstance(part, list)):
+        run = list(group)
+        runs.append(list(itertools.chain(*run)) if is_tokens else np.concatenate(run))
+    return runs
 
 
 def _skip(parts: Sequence[Tokens | Embeddings], n: int) -> list[Tokens | Embeddings]:
@@ -631,8 +663,9 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return np.asarray(shifted - np.log(np.exp(shifted).sum()))
 
 
-def _load_model(path: Path, device: Device, n_gpu_layers: int | None, low_memory: bool) -> Any:
-    file = inspect_text_file(os.fsencode(path))
+def _load_model(
+    path: Path, file: TextFile, device: Device, n_gpu_layers: int | None, low_memory: bool
+) -> Any:
     params = llama_cpp.llama_model_default_params()
     # Rearranged copies of the weights speed quantized models up. Float weights gain nothing from
     # them (measured: AMX, F16), and stay in the file's mapping without.
