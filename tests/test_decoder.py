@@ -275,6 +275,18 @@ def test_narrow_filters_are_greedy(decoder: TextDecoder) -> None:
         assert answer(decoder, "the", options=GenerateOptions(**(wide | narrow))) == greedy
 
 
+def test_greedy_takes_the_first_of_the_largest_as_llama_cpp_does(decoder: TextDecoder) -> None:
+    sequence = decoder.open(GREEDY)
+    decoder.prefill(sequence, [[1, 2, 3]])
+    logits = decoder._logits_at(sequence._output_index)
+    logits[:] = 1.0
+    logits[[17, 5, 200]] = 2.0
+    context = decoder._context
+    assert llama_cpp.llama_sampler_sample(sequence._sampler, context, -1) == 5
+    assert decoder.sample(sequence) == 5
+    decoder.close_sequence(sequence)
+
+
 def test_repeat_penalty_changes_a_repetition(decoder: TextDecoder) -> None:
     tokens = answer(decoder, "the", n=40, options=GenerateOptions(repeat_penalty=1e6))
     assert len(set(tokens)) == 40

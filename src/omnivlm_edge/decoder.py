@@ -64,12 +64,13 @@ class TokenSequence:
     `decode`: sample before.
     """
 
-    def __init__(self, seq_id: int, sampler: Any, grammar: Any) -> None:
+    def __init__(self, seq_id: int, options: GenerateOptions, sampler: Any, grammar: Any) -> None:
         self.seq_id = seq_id
         self.position = 0
         self.n_cached = 0
         self.last_token = -1
         self.at_end = False
+        self._greedy = options.temperature == 0 and options.repeat_penalty == 1
         self._sampler = sampler
         self._grammar = grammar
         self._output_index = -1
@@ -115,6 +116,7 @@ class TextDecoder:
         self._finalizer = weakref.finalize(self, _free_all, self._owned)
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self._logits_type = ctypes.c_float * self._n_vocab
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self._model)
         self._context = _new_context(
             self._model, device, min(n_ctx, self.n_ctx_train), n_threads, n_sequences, collector
@@ -160,7 +162,7 @@ class TextDecoder:
             if options.grammar is not None:
                 grammar = new_grammar(options.grammar, self._vocab)
             sampler = _new_sampler(options, self._n_vocab)
-            return TokenSequence(self._free_ids.pop(), sampler, grammar)
+            return TokenSequence(self._free_ids.pop(), options, sampler, grammar)
 
     def close_sequence(self, sequence: TokenSequence) -> None:
         """Gives a sequence back; harmless after `close`. Its positions stay for the next one."""
@@ -333,6 +335,10 @@ class TextDecoder:
             index = self._output_of(sequence)
             if sequence._grammar:
                 token = self._sample_constrained(sequence)
+            elif sequence._greedy:
+                # The first of the largest, as the sampler; which copies the whole vocabulary first
+                # (measured: 157 us for 151,936 tokens instead of 13).
+                token = int(self._logits_at(index).argmax())
             else:
                 token = int(llama_cpp.llama_sampler_sample(sequence._sampler, context, index))
             sequence.last_token = token
@@ -377,7 +383,8 @@ class TextDecoder:
     def _logits_at(self, output: int) -> npt.NDArray[np.float32]:
         """The logits themselves, float32 [n_vocab], until the next step."""
         pointer = llama_cpp.llama_get_logits_ith(self._context, output)
-        return np.ctypeslib.as_array(pointer, shape=(self._n_vocab,))
+        logits = self._logits_type.from_address(ctypes.addressof(pointer.contents))
+        return np.frombuffer(logits, np.float32)
 
     def _sample_constrained(self, sequence: TokenSequence) -> int:
         """The grammar looks at the one token that the sampler likes; at all only if it must.
