@@ -3,8 +3,8 @@
     python bench/decode_overhead.py MODEL_DIR [--text FILE] [--steps 48] [--rounds 10] [--threads N]
 
 MODEL_DIR is what `bench/synthetic.py` wrote; FILE another build of its text model. Three loops take
-turns in one process: `decode` is llama-bench's, `llama_decode` of one token after the other; `sample`
-adds llama.cpp's greedy sampler; `ours` is `OmniVLM.generate`. Of each step the time inside
+turns in one process: `decode` is llama-bench's, `llama_decode` of one token after the other;
+`sample` adds llama.cpp's greedy sampler; `ours` is `OmniVLM.generate`. Of each step the time inside
 `llama_decode` and the time outside are taken apart: the inside is the same work in all three, and
 varies by more than the outside lasts. One JSON object is appended to
 bench/results/decode_overhead.jsonl.

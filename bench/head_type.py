@@ -3,8 +3,9 @@
     python bench/head_type.py SCRATCH_DIR --images DIR [--types iq4_nl,q5_0,q8_0,f16]
 
 The embeddings are the output matrix as well, a quarter of OmniVision's text model. The demo is
-quantized by a recipe, once for each type; the losses are those of `omnivlm-edge compare` along F16's
-answers about the pictures. One JSON object a type is appended to bench/results/head_type.jsonl.
+quantized by a recipe, once for each type; the losses are those of `omnivlm-edge compare` along
+F16's answers about the pictures. One JSON object a type is appended to
+bench/results/head_type.jsonl.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def main(scratch: Path, images: str, recipe: str, types: str) -> None:
         assert loss.text is not None
         record = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": f"bench/head_type.py SCRATCH --images exam --recipe {recipe} --types {types}",
+            "command": f"bench/head_type.py SCRATCH --images exam --recipe {recipe}",
             "commit": commit(),
             "machine": machine(),
             "llama_cpp_python": version("llama-cpp-python"),

@@ -48,8 +48,8 @@ Embeddings: TypeAlias = "npt.NDArray[np.float32]"  # [n_positions, n_embd]
 Cell: TypeAlias = Hashable
 
 _MIN_BATCH, _MAX_BATCH = 256, 2048  # positions handed to llama.cpp at once
-# Of them computed at once on a CPU: 512, llama.cpp's default, are no quicker there and take 38 MB more
-# for a prompt of 1,500. Fewer would be a second pass over the weights for two pictures.
+# Of them computed at once on a CPU: 512, llama.cpp's default, are no quicker there and take 38 MB
+# more for a prompt of 1,500. Fewer would be a second pass over the weights for two pictures.
 _CPU_BATCH = 256
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ in llama.cpp
 _MAX_GRAMMAR_DEPTH, _MAX_GRAMMAR_RULES = 200, 5000
