@@ -105,6 +105,18 @@ Bytes quantize(const Rows & rows, int type_number, int n_threads, const std::opt
     return { raw, 2, shape, owner };
 }
 
+using TokenIds = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats   = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+
+Floats embed(const TextFile & file, const TokenIds & tokens) {
+    const size_t shape[] = { tokens.shape(0), static_cast<size_t>(file.rows.width()) };
+    auto         data    = std::unique_ptr<float[]>(new float[shape[0] * shape[1]]);  // not zeroed
+    file.rows.read(tokens.data(), shape[0], data.get());
+    float *           raw = data.get();
+    const nb::capsule owner(data.release(), [](void * p) noexcept { delete[] static_cast<float *>(p); });
+    return { raw, 2, shape, owner };
+}
+
 struct Device {
     std::string name;  // in ggml's registry
     std::string description;
@@ -194,7 +206,12 @@ NB_MODULE(_native, m) {
         .def_ro("single_turn", &VisionHparams::single_turn, "Trained on conversations of one question only.");
 
     nb::class_<TextFile>(m, "TextFile", "What is known of a text model's file before it is loaded.")
-        .def_ro("quantized", &TextFile::quantized, "Some of its tensors are.");
+        .def_ro("quantized", &TextFile::quantized, "Some of its tensors are.")
+        .def_prop_ro(
+            "n_embd", [](const TextFile & self) { return self.rows.width(); },
+            "Width of what `embed` gives; 0 for models whose tokens become embeddings in another way.")
+        .def("embed", &embed, "tokens"_a.noconvert(),
+             "int32 [n] -> float32 [n, n_embd], as llama.cpp computes it. Raises IndexError.");
 
     nb::class_<ChannelSums>(m, "ChannelSums", "Sums over the rows of activations that one weight matrix multiplied.")
         .def_ro("values", &ChannelSums::values, "One for each input channel.")

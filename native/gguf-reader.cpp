@@ -112,6 +112,10 @@ size_t GgufReader::array_size(const std::string & key, gguf_type type) const {
     return gguf_get_arr_n(gguf_.get(), require_array(key, type));
 }
 
+bool GgufReader::has_tensor(const std::string & name) const {
+    return ggml_get_tensor(meta_.get(), name.c_str()) != nullptr;
+}
+
 const ggml_tensor * GgufReader::tensor(const std::string & name) const {
     const ggml_tensor * tensor = ggml_get_tensor(meta_.get(), name.c_str());
     if (tensor == nullptr) {

@@ -38,6 +38,7 @@ class GgufReader {
     std::vector<std::string> strings(const std::string & key) const;
     size_t                   array_size(const std::string & key, gguf_type type) const;
 
+    bool                has_tensor(const std::string & name) const;
     const ggml_tensor * tensor(const std::string & name) const;         // shape and type only
     char *              tensor_data(const ggml_tensor * tensor) const;  // in the mapping, inside the file
 

@@ -13,7 +13,7 @@ constexpr int64_t MAX_LAYERS = 512;  // LLAMA_MAX_LAYERS in llama.cpp
 }  // namespace
 
 TextFile inspect_text_file(const std::string & path) {
-    const GgufReader reader(path);
+    GgufReader reader(path);
 
     const std::string layers_key = reader.string("general.architecture") + ".block_count";
     if (reader.dimension(layers_key) > MAX_LAYERS) {
@@ -44,7 +44,7 @@ TextFile inspect_text_file(const std::string & path) {
                         " tokens");
         }
     }
-    return { reader.has_quantized_tensors() };
+    return { reader.has_quantized_tensors(), TokenRows(reader) };
 }
 
 }  // namespace omnivlm

@@ -2,13 +2,15 @@
 
 #pragma once
 
-#include <cstdint>
+#include "token-rows.h"
+
 #include <string>
 
 namespace omnivlm {
 
 struct TextFile {
-    bool quantized = false;  // some of its tensors are
+    bool      quantized;  // some of its tensors are
+    TokenRows rows;
 };
 
 // llama.cpp refuses most damaged files, but takes a few things for granted and aborts the process,

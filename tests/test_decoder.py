@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -21,10 +24,15 @@ from omnivlm_edge import (
     GenerateOptions,
     ModelFileError,
     OptionError,
+    QuantizeOptions,
+    quantize_file,
 )
+from omnivlm_edge._native import inspect_text_file
+from omnivlm_edge.convert import convert_checkpoint
 from omnivlm_edge.decoder import TextDecoder, TokenSequence
 from omnivlm_edge.device import select_device
 from omnivlm_edge.prompt import Piece
+from tiny_checkpoint import Dims, write_checkpoint
 
 N_SEQUENCES = 4
 GREEDY = GenerateOptions()
@@ -140,6 +148,98 @@ def test_embeddings_stand_at_positions_like_tokens(decoder: TextDecoder) -> None
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text model whose rows are wide enough for every type (float32)."""
+    directory = tmp_path_factory.mktemp("wide")
+    write_checkpoint(directory / "checkpoint", dims=Dims(text_hidden=256))
+    convert_checkpoint(directory / "checkpoint", directory, "f32")
+    (path,) = (p for p in directory.glob("*.gguf") if not p.name.startswith("mmproj"))
+    return path
+
+
+@pytest.mark.parametrize(
+    "type_name", ["f32", "f16", "bf16", "q8_0", "q5_1", "q4_0", "iq4_nl", "q6_k", "q4_k", "iq4_xs"]
+)
+def test_embedded_tokens_are_what_llama_cpp_looks_up(
+    tmp_path: Path, wide_model: Path, type_name: str
+) -> None:
+    path = wide_model
+    if type_name != "f32":
+        path = tmp_path / "text.gguf"
+        quantize_file(wide_model, path, "f16", QuantizeOptions(embedding_type=type_name))
+    decoder = TextDecoder(path, select_device("cpu"), n_ctx=64, n_threads=2)
+    tokens = list(range(7, 300, 9))
+    rows = inspect_text_file(os.fsencode(path)).embed(np.array(tokens, np.int32))
+    logits = []
+    for part in (tokens, rows):
+        sequence = decoder.open(GREEDY)
+        decoder.prefill(sequence, [part])
+        assert sequence.n_cached == 0
+        logits.append(decoder.logits(sequence))
+        decoder.close_sequence(sequence)
+    np.testing.assert_array_equal(logits[0], logits[1])
+    decoder.close()
+
+
+def test_tokens_that_cannot_be_embedded(tmp_path: Path, tiny_model: Path) -> None:
+    (text,) = (p for p in tiny_model.glob("*.gguf") if not p.name.startswith("mmproj"))
+    file = inspect_text_file(os.fsencode(text))
+    for token in (-1, 2**31 - 1):
+        with pytest.raises(IndexError, match=f"no token {token}"):
+            file.embed(np.array([0, token], np.int32))
+    header = gguf.GGUFReader(text).data_offset
+    data = text.read_bytes()
+    other = tmp_path / "llama.gguf"
+    other.write_bytes(data[:header].replace(b"qwen2", b"llama") + data[header:])
+    assert inspect_text_file(os.fsencode(other)).n_embd == 0
+
+
+def test_a_picture_and_its_text_go_in_one_batch(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the answer is that of a decoder that must give llama.cpp each on its own."""
+    sizes: list[int] = []
+    decode = llama_cpp.llama_decode
+
+    def counted(context: Any, batch: Any) -> int:
+        sizes.append(batch.n_tokens)
+        return int(decode(context, batch))
+
+    monkeypatch.setattr(llama_cpp, "llama_decode", counted)
+    pictures = np.random.default_rng(0).normal(size=(2, 7, 64)).astype(np.float32)
+    parts: list[Any] = [[1], [2, 3], pictures[0], [4], pictures[1], [], [5, 6], [7]]
+    found = []
+    for whole in (True, False):
+        decoder = open_decoder(tiny_model)
+        if not whole:
+            decoder._file = SimpleNamespace(n_embd=0)  # type: ignore[assignment]
+        sequence = decoder.open(GREEDY)
+        sizes.clear()
+        decoder.prefill(sequence, parts)
+        assert sizes == ([21] if whole else [3, 7, 1, 7, 3])
+        found.append((decoder.logits(sequence), generate(decoder, sequence, 12)))
+        decoder.close_sequence(sequence)
+        sequence = decoder.open(GREEDY)
+        decoder.prefill(sequence, [*parts[:-1], [8]])
+        assert sequence.n_cached == 20
+        decoder.close()
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=0.02)  # the cache is F16
+    assert found[0][1] == found[1][1]
+
+
+def test_pictures_wider_than_a_batch_are_found_again(tiny_model: Path) -> None:
+    decoder = open_decoder(tiny_model, n_ctx=512, n_sequences=1)
+    decoder._n_batch = 16
+    picture = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
+    for n_cached in (0, 54):
+        sequence = decoder.open(GREEDY)
+        decoder.prefill(sequence, [[1, 2], picture, [3, 4, 5]])
+        assert sequence.n_cached == n_cached
+        decoder.close_sequence(sequence)
+    decoder.close()
+
+
 def test_long_prompts_go_in_several_batches(tiny_model: Path) -> None:
     text = "the red one in the pan " * 150
     decoder = open_decoder(tiny_model, n_ctx=4096)
@@ -173,6 +273,18 @@ def test_narrow_filters_are_greedy(decoder: TextDecoder) -> None:
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 0.999999}):
         wide = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
         assert answer(decoder, "the", options=GenerateOptions(**(wide | narrow))) == greedy
+
+
+def test_greedy_takes_the_first_of_the_largest_as_llama_cpp_does(decoder: TextDecoder) -> None:
+    sequence = decoder.open(GREEDY)
+    decoder.prefill(sequence, [[1, 2, 3]])
+    logits = decoder._logits_at(sequence._output_index)
+    logits[:] = 1.0
+    logits[[17, 5, 200]] = 2.0
+    context = decoder._context
+    assert llama_cpp.llama_sampler_sample(sequence._sampler, context, -1) == 5
+    assert decoder.sample(sequence) == 5
+    decoder.close_sequence(sequence)
 
 
 def test_repeat_penalty_changes_a_repetition(decoder: TextDecoder) -> None:

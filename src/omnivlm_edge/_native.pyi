@@ -85,6 +85,17 @@ class TextFile:
     def quantized(self) -> bool:
         """Some of its tensors are."""
 
+    @property
+    def n_embd(self) -> int:
+        """
+        Width of what `embed` gives; 0 for models whose tokens become embeddings in another way.
+        """
+
+    def embed(self, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
+        """
+        int32 [n] -> float32 [n, n_embd], as llama.cpp computes it. Raises IndexError.
+        """
+
 class ChannelSums:
     """Sums over the rows of activations that one weight matrix multiplied."""
 
