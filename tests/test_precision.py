@@ -139,7 +139,8 @@ import numpy as np
 from omnivlm_edge import _native
 def memory():
     status = open("/proc/self/status").read()
-    return [int(re.search(rf"{name}:\\s+(\\d+)", status)[1]) * 1024 for name in ("RssAnon", "RssFile")]
+    names = "RssAnon", "RssFile"
+    return [int(re.search(rf"{name}:\\s+(\\d+)", status)[1]) * 1024 for name in names]
 before = memory()
 vision = _native.VisionEncoder(sys.argv[1].encode(), "CPU", 1, sys.argv[2], sys.argv[3] == "True")
 vision.encode(np.zeros((1, 3, 42, 42), np.float32))

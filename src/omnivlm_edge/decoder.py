@@ -112,9 +112,9 @@ class TextDecoder:
             raise OptionError(f"n_ctx is {n_ctx}: it must be at least 1")
         # Reentrant: the garbage collector may close an abandoned sequence inside any of the calls.
         self._lock = threading.RLock()
-        self._file = os.fsencode(path)
+        self._path = os.fsencode(path)
         self._step = 0  # counts the calls that overwrite the logits
-        self._file = inspect_text_file(os.fsencode(path))
+        self._file = inspect_text_file(self._path)
         self._model = _load_model(path, self._file, device, n_gpu_layers, low_memory)
         # llama.cpp's objects are freed in this order, once, by close() or with this object.
         self._owned: list[Any] = [functools.partial(llama_cpp.llama_model_free, self._model)]
@@ -231,7 +231,7 @@ class TextDecoder:
 
     def release_pages(self) -> None:
         """Gives the memory behind mapped weights back to the system until they are used again."""
-        release_mappings(self._file)
+        release_mappings(self._path)
 
     def holds(self, sequence: TokenSequence, parts: Sequence[Tokens | Embeddings]) -> bool:
         """Whether a new sequence finds all these parts in its place of the context."""
