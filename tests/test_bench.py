@@ -304,7 +304,7 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     os.truncate(text, 4 * 10**12)  # a hole: no disk holds so much
     shown = run("bench", text, "--mmproj", DEMO.mmproj, "-i", HORSES, "--device", "cpu")
     assert (shown.returncode, shown.stdout) == (1, "")
-    assert "the model needs about 4000.1 GB, and CPU has " in shown.stderr
+    assert "the model needs about 4000.2 GB, and CPU has " in shown.stderr
     with pytest.raises(DeviceError, match="smaller quantization"):
         memory.check_fits(2, 1, "CPU")
 

@@ -69,7 +69,7 @@ COMPLETED = {
     "run omnivision-p": "run omnivision-preview",
     "doctor omnivision-o": "doctor omnivision-ocr",
     "run my-": "run my-models",
-    "run demo --max": "run demo --max-tokens",
+    "run demo --max-t": "run demo --max-tokens",
     "run demo -i hor": "run demo -i horses.png",
     "completion f": "completion fish",
 }

@@ -34,12 +34,12 @@ ALLOWED = {
     "image": {"errors"},
     "sources": {"errors", "image"},
     "vision": {"_native"},
-    "device": {"_native", "errors"},
+    "device": {"_native", "errors", "values"},
     "paths": set(),
     "files": set(),
     "gguf_header": {"errors"},
     "model_file": {"errors", "gguf_header"},
-    "memory": {"errors", "model_file"},
+    "memory": {"_native", "errors", "model_file"},
     "machine": {"_native"},
     "power": set(),
     "quantize": {
@@ -58,7 +58,8 @@ ALLOWED = {
     "encoder": {
         *("_native", "cache", "errors", "files", "image", "paths", "prompt", "values", "vision"),
     },
-    "engine": STAGES | {"_native", "cache", "chat", "errors", "files", "paths", "values"},
+    "engine": STAGES
+    | {"_native", "cache", "chat", "errors", "files", "memory", "model_file", "paths", "values"},
     "imatrix": {"convert", "errors"},
     "calibration": {"_native", "engine", "errors", "image", "imatrix", "values"},
     "compare": STAGES | {"engine", "errors", "hub", "made_pictures", "model_file", "values"},

@@ -237,9 +237,9 @@ def test_quantized_weights_may_differ_more(tmp_path: Path, dtype: str, quantized
     assert (inspect_file(path).quantization == "Q8_0") is quantized
     pixels = np.random.default_rng(1).uniform(-1, 1, (1, 3, 84, 84)).astype(np.float32)
     got, want = (
-        _native.VisionEncoder(
-            os.fsencode(path), "CPU", 2, "ggml", flash_attention=flash
-        ).encode(pixels)[0]
+        _native.VisionEncoder(os.fsencode(path), "CPU", 2, "ggml", flash_attention=flash).encode(
+            pixels
+        )[0]
         for flash in (True, False)
     )
     limit = doctor.MAX_ERROR_QUANTIZED if quantized else doctor.MAX_ERROR

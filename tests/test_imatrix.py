@@ -124,8 +124,14 @@ def test_threads_make_no_difference(tiny_files: ModelFiles) -> None:
 
 def test_collecting_changes_no_answer(tiny_files: ModelFiles) -> None:
     def ask(collector: ImportanceCollector | None) -> Iterator[Any]:
-        files = tiny_files.text, tiny_files.mmproj
-        with OmniVLM(*files, device="cpu", disk_cache=False, collector=collector) as model:
+        with OmniVLM(
+            tiny_files.text,
+            tiny_files.mmproj,
+            device="cpu",
+            vision_precision="ggml",
+            disk_cache=False,
+            collector=collector,
+        ) as model:
             for name in ("horses.png", "shopping.png"):
                 picture = model.encode(EXAMPLES / name)
                 yield picture.data.tobytes(), model.answer(picture, "What is it?", OPTIONS).tokens

@@ -255,7 +255,7 @@ import numpy as np
 from omnivlm_edge import _native
 anonymous = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = anonymous()
-vision = _native.VisionEncoder(sys.argv[1].encode(), "CPU", 1)
+vision = _native.VisionEncoder(sys.argv[1].encode(), "CPU", 1, "ggml")
 vision.encode(np.zeros((1, 3, 42, 42), np.float32))
 print((anonymous() - before) * 1024)
 """

@@ -68,7 +68,7 @@ def preprocess(source: ImageSource, image_size: int) -> np.ndarray:
 def runtime(files: ModelFiles) -> Iterator[tuple[Vision, TextDecoder]]:
     device = select_device("cpu")
     decoder = TextDecoder(files.text, device, n_ctx=1024, n_threads=2)
-    yield Vision(files.mmproj, device, 2), decoder
+    yield Vision(files.mmproj, device, 2, precision="f32"), decoder
     decoder.close()
 
 

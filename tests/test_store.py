@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 
 from fake_hub import DEMO, MAKE, REPO, Cli, FakeHub, pulled, python
+from omnivlm_edge.memory import memory_needed
+from omnivlm_edge.model_file import inspect_file
 
 FOLDER = REPO.replace("/", "--")
 
@@ -82,9 +83,8 @@ def test_show(hub_cli: Cli) -> None:
     assert text["parameters"] + vision["parameters"] == 5_850_624  # README: 5.9 M
     for part in (text, vision):
         assert part["size"] == Path(part["file"]).stat().st_size
-    keys = [t for t in gguf.GGUFReader(text["file"]).tensors if t.name.endswith("attn_k.weight")]
-    cache = 2 * 2 * sum(int(tensor.shape[1]) for tensor in keys) * 2048  # key and value, F16
-    assert whole["memory"] == text["size"] + vision["size"] + cache + 130_000_000
+    files = (inspect_file(Path(part["file"])) for part in (text, vision))
+    assert whole["memory"] == memory_needed(*files, 2048)
     lines = hub_cli("show", "demo").stdout.splitlines()
     assert "  parameters      1,731,584" in lines
     assert "  image size      126x126 pixels" in lines
