@@ -27,15 +27,15 @@ def setting(*names: str, **attributes: Any) -> Decorator:
     return click.option(*names, envvar=variable, show_envvar=True, **attributes)
 
 
-class Size(click.ParamType):
-    """A number of bytes: 900M, 1.5G, with or without a B behind it; M and G are powers of 10."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg]?)b?", str(value).strip(), re.I)
-        size = found and int(float(found[1]) * 1000 ** " kmg".index(found[2].lower() or " "))
-        return size or self.fail(f"{value} is no size such as 900M or 1.5G", param, ctx)
+def parse_size(_: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    """An option's number of bytes: 900M, 1.5G, with or without a B; M and G are powers of 10."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg]?)b?", text.strip(), re.I)
+    size = int(float(found[1]) * 1000 ** " kmg".index(found[2].lower() or " ")) if found else 0
+    if size == 0:
+        raise click.BadParameter(f"{text} is no size such as 900M or 1.5G", param=parameter)
+    return size
 
 
 def vision_precision_option() -> Decorator:

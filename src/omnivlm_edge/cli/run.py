@@ -9,11 +9,11 @@ import click
 from ..errors import OptionError
 from ..values import DEFAULT_N_CTX, MAX_SEED, GenerateOptions
 from .options import (
-    Size,
     complete_path,
     consent,
     model_argument,
     note,
+    parse_size,
     setting,
     vision_precision_option,
 )
@@ -119,7 +119,8 @@ DEFAULTS = GenerateOptions()
 )
 @setting(
     "--max-ram",
-    type=Size(),
+    metavar="SIZE",
+    callback=parse_size,
     help="Refuse a model that needs more memory, such as 900M or 1.5G, before it is loaded.",
 )
 @setting("--no-mmproj-offload", is_flag=True, help="Encode pictures on the CPU.")
