@@ -21,6 +21,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <system_error>
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -55,6 +56,9 @@ Tokens encode(VisionEncoder & encoder, const Pixels & pixels, ImportanceCollecto
 
 std::map<std::string, double> profile(VisionEncoder & encoder, const Pixels & pixels) {
     check_shape(encoder, pixels);
+    if (pixels.shape(0) != 1) {
+        throw nb::value_error("profile takes one picture");
+    }
     const nb::gil_scoped_release release;
     return encoder.profile(pixels.data());
 }
@@ -174,6 +178,10 @@ void translate(const std::exception_ptr & error, void *) {
         raise("ModelFileError", e.what());
     } catch (const DeviceError & e) {
         raise("DeviceError", e.what());
+    } catch (const std::bad_alloc &) {
+        raise("DeviceError", "there is not enough free memory: try low_memory or a smaller quantization");
+    } catch (const std::system_error & e) {
+        raise("DeviceError", (std::string("no thread could be started (") + e.what() + "): lower n_threads").c_str());
     }
 }
 

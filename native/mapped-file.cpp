@@ -52,12 +52,10 @@ void MappedFile::release(const void * start, size_t bytes) const {
     if (data_ == nullptr || first < data_ || first + bytes > data_ + size_) {
         return;  // a copy, not the mapping
     }
-    const auto   page  = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    const size_t begin = (static_cast<size_t>(first - data_) + page - 1) / page * page;
-    const size_t end   = static_cast<size_t>(first - data_ + static_cast<ptrdiff_t>(bytes)) / page * page;
-    if (begin < end) {
-        madvise(data_ + begin, end - begin, MADV_DONTNEED);
-    }
+    const auto   page   = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const auto   offset = static_cast<size_t>(first - data_);
+    const size_t begin  = offset / page * page;
+    madvise(data_ + begin, offset + bytes - begin, MADV_DONTNEED);  // rounds the end up
 }
 
 void release_mappings(const std::string & path) {

@@ -23,7 +23,7 @@ class MappedFile {
 
     size_t size() const { return size_; }
 
-    // Gives the whole pages of this range back to the system; they are read from the file again when touched.
+    // Gives every page that this range touches back to the system; they are read from the file again when touched.
     void release(const void * start, size_t bytes) const;
 
   private:

@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <future>
+#include <stdexcept>
 #include <vector>
 
 namespace omnivlm {
@@ -19,6 +20,9 @@ double now() {
 double peak_gops(Precision precision, int n_threads) {
     if (precision == Precision::GGML) {
         return 0.0;
+    }
+    if (n_threads < 1) {
+        throw std::invalid_argument("n_threads must be at least 1");
     }
     const Packing       packing = packing_of(best_kernels(), precision, Part::TOWER, 1);
     const MicroKernel & kernel  = best_kernels().micro[static_cast<int>(packing.operand)];

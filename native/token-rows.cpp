@@ -39,6 +39,7 @@ void TokenRows::read(const int32_t * tokens, size_t n_tokens, float * out) const
             to_float_(row, out, width_);
         }
     }
+    file_.release(data_, row_size_ * static_cast<size_t>(n_rows_));
 }
 
 }  // namespace omnivlm

@@ -95,6 +95,9 @@ std::vector<PackedWeights::Source> matrices(const VisionModel & model, const Ker
 }  // namespace
 
 VisionEncoder::VisionEncoder(const std::string & path, const Options & options) : options_(options) {
+    if (options.n_threads < 1) {
+        throw std::invalid_argument("n_threads must be at least 1");
+    }
     ggml_backend_dev_t device  = find_device(options.device);
     const Kernels &    kernels = find_kernels(options.kernels);
 

@@ -18,7 +18,7 @@ enum class Precision {
     GGML,          // by ggml, in the types of the file
     INT8,          // 8 bits, a scale for each 576 values or so, in the projector for each 32; patches in BF16
     INT8_FAST,     // 8 bits, one scale a row; the projector too
-    INT8_BLOCK32,  // 8 bits, a scale for each 32 values, as Q8_0
+    INT8_BLOCK32,  // 8 bits, a scale for each 32 values or so, as Q8_0
     BF16,
     F32,
 };
@@ -59,6 +59,9 @@ class KernelNodes {
     // q, k, v [d, n_tokens * n_images] F32 -> [d, n_tokens * n_images]
     ggml_tensor * attention(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, int64_t n_tokens,
                             int64_t n_head);
+
+    KernelNodes(const KernelNodes &)             = delete;  // nodes know its address
+    KernelNodes & operator=(const KernelNodes &) = delete;
 
     // Before each computation of the graph.
     void reset();

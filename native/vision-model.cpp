@@ -129,8 +129,9 @@ class WeightReader {
         const ggml_tensor * source = checked(name, shape);
         const bool          is_float =
             source->type == GGML_TYPE_F32 || source->type == GGML_TYPE_F16 || source->type == GGML_TYPE_BF16;
-        if (!is_float && !ggml_is_quantized(source->type)) {
-            reject_type(source, "a float or quantized type");
+        const bool readable = is_float || ggml_get_type_traits(source->type)->to_float != nullptr;
+        if ((!is_float && !ggml_is_quantized(source->type)) || !readable) {
+            reject_type(source, "a float or quantized type that files are stored in");
         }
         return add(source);
     }

@@ -243,7 +243,7 @@ def test_command_line(options: list[str], code: int, message: str) -> None:
     assert (result.stdout == "Yes, there is one duck.\n") == (code == 0)
 
 
-def test_gpus_take_no_kernels(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+def test_gpus_take_no_kernels(tiny_model: Path) -> None:
     gpus = [device for device in _native.devices() if device.kind != "cpu"]
     if not gpus:
         pytest.skip("this machine has no GPU that ggml was built for")

@@ -27,12 +27,8 @@ struct Isa {
     static constexpr MicroKernel f32() { return micro_kernel<F32, 6, 2>(); }
 };
 
-bool supported() {
-    return cpu_features().avx2;
-}
-
 }  // namespace
 
-constexpr Kernels AVX2 = Loops<Isa>::table("avx2", supported);
+constexpr Kernels AVX2 = Loops<Isa>::table("avx2", has_avx2);
 
 }  // namespace omnivlm

@@ -66,12 +66,8 @@ struct Isa {
     static constexpr MicroKernel f32() { return micro_kernel<F32, 9, 3>(); }
 };
 
-bool supported() {
-    return cpu_features().avx512;
-}
-
 }  // namespace
 
-constexpr Kernels AVX512 = Loops<Isa>::table("avx512", supported);
+constexpr Kernels AVX512 = Loops<Isa>::table("avx512", has_avx512);
 
 }  // namespace omnivlm

@@ -58,13 +58,8 @@ struct Isa {
     static constexpr MicroKernel f32() { return micro_kernel<F32, 9, 3>(); }
 };
 
-bool supported() {
-    const CpuFeatures & cpu = cpu_features();
-    return cpu.avx512 && cpu.avx512_vnni && cpu.avx512_bf16;
-}
-
 }  // namespace
 
-constexpr Kernels AVX512_VNNI = Loops<Isa>::table("avx512-vnni", supported);
+constexpr Kernels AVX512_VNNI = Loops<Isa>::table("avx512-vnni", has_avx512_vnni);
 
 }  // namespace omnivlm

@@ -9,13 +9,19 @@
 namespace omnivlm {
 namespace {
 
+#ifdef __AVXVNNI__
+constexpr auto SUPPORTED = has_avx_vnni;
+#else  // the tests also compile this file for AVX-512's encoding of the same instruction
+constexpr auto SUPPORTED = has_avx512_as_avx_vnni;
+#endif
+
 struct Int8 : Vector256 {
     static constexpr int KP = 4, OPS = 64;
 
     static __m256i dot(__m256i acc, __m256i a, __m256i b) {
 #ifdef __AVXVNNI__
         return _mm256_dpbusd_avx_epi32(acc, a, b);
-#else  // the tests also compile this file for AVX-512's encoding of the same instruction
+#else
         return _mm256_dpbusd_epi32(acc, a, b);
 #endif
     }
@@ -30,17 +36,8 @@ struct Isa {
     static constexpr MicroKernel f32() { return micro_kernel<F32, 6, 2>(); }
 };
 
-bool supported() {
-    const CpuFeatures & cpu = cpu_features();
-#ifdef __AVXVNNI__
-    return cpu.avx2 && cpu.avx_vnni;
-#else
-    return cpu.avx512 && cpu.avx512_vnni;
-#endif
-}
-
 }  // namespace
 
-constexpr Kernels AVX_VNNI = Loops<Isa>::table("avx-vnni", supported);
+constexpr Kernels AVX_VNNI = Loops<Isa>::table("avx-vnni", SUPPORTED);
 
 }  // namespace omnivlm

@@ -62,4 +62,36 @@ const CpuFeatures & cpu_features() {
     return features;
 }
 
+bool has_avx512_vnni() {
+    return cpu_features().avx512_vnni && cpu_features().avx512_bf16;
+}
+
+bool has_avx512() {
+    return cpu_features().avx512;
+}
+
+bool has_avx_vnni() {
+    return cpu_features().avx_vnni;
+}
+
+bool has_avx512_as_avx_vnni() {
+    return cpu_features().avx512_vnni;
+}
+
+bool has_avx2() {
+    return cpu_features().avx2;
+}
+
+bool has_neon_i8mm() {
+    return cpu_features().neon_i8mm && cpu_features().neon_dotprod;
+}
+
+bool has_neon_dotprod() {
+    return cpu_features().neon_dotprod;
+}
+
+bool always() {
+    return true;
+}
+
 }  // namespace omnivlm

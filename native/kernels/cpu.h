@@ -17,4 +17,14 @@ struct CpuFeatures {
 
 const CpuFeatures & cpu_features();
 
+// What each instruction set's kernels need. Not in their own files, whose code this machine may be unable to run.
+bool has_avx512_vnni();  // with BF16
+bool has_avx512();
+bool has_avx_vnni();
+bool has_avx512_as_avx_vnni();  // 256-bit VNNI in AVX-512's encoding, for tests
+bool has_avx2();
+bool has_neon_i8mm();
+bool has_neon_dotprod();
+bool always();
+
 }  // namespace omnivlm

@@ -6,7 +6,7 @@
 // [nr][kp] values of the panel, so that both are read in the order in which they lie.
 //
 // INT8 operands stand for  scale * q + offset  (rows) and  scale * q  (panels), with a scale for each block
-// of `block` values along the inner dimension; the offset, the row's smallest value, costs one more multiplication
+// of `block` values along the inner dimension; the offset, what q = 0 stands for, costs one more multiplication
 // with the panel's sums. BF16 and F32 operands have no scales.
 
 #pragma once
@@ -16,6 +16,8 @@
 #include <vector>
 
 namespace omnivlm {
+
+#define OMNIVLM_ALWAYS_INLINE __attribute__((always_inline)) inline
 
 enum class Operand { INT8, BF16, F32 };
 constexpr int N_OPERANDS = 3;
@@ -40,8 +42,11 @@ struct Packing {
     int64_t block;     // values that share a scale; a multiple of kp
     int64_t n_blocks;  // n_in is padded with zeros to block * n_blocks
 
-    int64_t n_padded() const { return block * n_blocks; }
-    int64_t value_bytes() const { return operand == Operand::INT8 ? 1 : operand == Operand::BF16 ? 2 : 4; }
+    // Always inlined, because files for different instruction sets must not share a copy.
+    OMNIVLM_ALWAYS_INLINE int64_t n_padded() const { return block * n_blocks; }
+    OMNIVLM_ALWAYS_INLINE int64_t value_bytes() const {
+        return operand == Operand::INT8 ? 1 : operand == Operand::BF16 ? 2 : 4;
+    }
 
     // A row: values, and for INT8 float scale[n_blocks], offset[n_blocks].
     size_t row_values_bytes() const;
@@ -50,7 +55,7 @@ struct Packing {
     // A panel: values [steps][nr][kp], and for INT8 float scale[n_blocks][nr], scaled sum[n_blocks][nr].
     size_t panel_values_bytes() const;
     size_t panel_bytes() const;
-    size_t panel_scratch_bytes() const { return static_cast<size_t>(nr) * row_values_bytes(); }
+    size_t panel_scratch_bytes() const;
 };
 
 // Weights and biases of a layer norm, [n_in] each.

@@ -2,16 +2,13 @@
 // compiler flags. Nothing in here may be visible outside that file, and nothing from the standard library that
 // the linker might share with other files may be called: it would carry instructions that the machine lacks.
 //
-// Isa provides:  Int8, Bf16, F32   dot products of one step (see tile.h)
-//                INT8_MAX_ROW      largest quantised activation: 255, or 127 where products would saturate
+// Isa provides:  INT8_MAX_ROW      largest quantised activation: 255, or 127 where products would saturate
 //                INT8_ROW_BIAS     128 where the instruction wants signed activations, else 0
 //                kernels of MicroKernel type: int8(), bf16(), f32()
 
 #pragma once
 
 #include "kernel.h"
-
-#include <cstring>
 
 namespace omnivlm {
 namespace {
@@ -319,7 +316,8 @@ template <class Isa> struct Loops {
                 const int64_t first = b * p.block;
                 const int64_t left  = p.n_in - first < 0 || j >= n_valid ? 0 : p.n_in - first;
                 const int64_t n     = left < p.block ? left : p.block;
-                write_int8_block(x + first, n, p.block, row + first, scale[b * p.nr + j], sum[b * p.nr + j]);
+                write_int8_block(n > 0 ? x + first : x, n, p.block, row + first, scale[b * p.nr + j],
+                                 sum[b * p.nr + j]);
             }
         }
         if (p.kp * p.value_bytes() == 4) {
@@ -434,22 +432,21 @@ template <class Isa> struct Loops {
 
     template <Operand OPERAND>
     static void linear_of(const LinearTask & task, int64_t panel, int64_t row_begin, int64_t row_end) {
-        const auto same = [](Floats v, const float *, int64_t) { return v; };
         switch (task.epilogue) {
         case Epilogue::NONE:
-            return linear_with<OPERAND>(task, panel, row_begin, row_end, same);
+            return linear_with<OPERAND>(task, panel, row_begin, row_end, [](Floats v, int64_t, int64_t) { return v; });
         case Epilogue::GELU_TANH:
-            return linear_with<OPERAND>(task, panel, row_begin, row_end, [](Floats v, const float *, int64_t) {
+            return linear_with<OPERAND>(task, panel, row_begin, row_end, [](Floats v, int64_t, int64_t) {
                 return OPERAND == Operand::INT8 ? gelu_tanh_rough(v) : gelu_tanh(v);
             });
         case Epilogue::GELU_ERF:
             return linear_with<OPERAND>(task, panel, row_begin, row_end,
-                                        [](Floats v, const float *, int64_t) { return gelu_erf(v); });
+                                        [](Floats v, int64_t, int64_t) { return gelu_erf(v); });
         case Epilogue::RESIDUAL:
-            return linear_with<OPERAND>(task, panel, row_begin, row_end,
-                                        [](Floats v, const float * residual, int64_t n) {
-                                            return v + (n == LANES ? load(residual) : load_part(residual, n));
-                                        });
+            return linear_with<OPERAND>(task, panel, row_begin, row_end, [&task](Floats v, int64_t at, int64_t n) {
+                const float * residual = task.residual + at;
+                return v + (n == LANES ? load(residual) : load_part(residual, n));
+            });
         }
     }
 
@@ -465,14 +462,14 @@ template <class Isa> struct Loops {
         __builtin_memcpy(bias, task.bias + column, static_cast<size_t>(n) * sizeof(float));
         for (int64_t row = row_begin; row < row_end; row += p.mr) {
             const int64_t n_rows = row_end - row;
-            product<OPERAND>(
-                p, task.rows + static_cast<size_t>(row) * p.row_bytes(), data, [&](int r, int j, Floats v) {
-                    const int64_t left = n - j < LANES ? n - j : LANES;
-                    if (r < n_rows && left > 0) {
-                        const int64_t at = (row + r) * task.n_out + column + j;
-                        store_part(task.out + at, finish(v + load(bias + j), task.residual + at, left), left);
-                    }
-                });
+            product<OPERAND>(p, task.rows + static_cast<size_t>(row) * p.row_bytes(), data,
+                             [&](int r, int j, Floats v) {
+                                 const int64_t left = n - j < LANES ? n - j : LANES;
+                                 if (r < n_rows && left > 0) {
+                                     const int64_t at = (row + r) * task.n_out + column + j;
+                                     store_part(task.out + at, finish(v + load(bias + j), at, left), left);
+                                 }
+                             });
         }
     }
 
@@ -509,7 +506,7 @@ template <class Isa> struct Loops {
         m.pv             = packing_of(task.operand, task.n_tokens);
         size_t     used  = 0;
         const auto place = [&](int64_t bytes) {
-            char * at = base + used;
+            char * at = base == nullptr ? nullptr : base + used;
             used += static_cast<size_t>(round_up(bytes, 64));
             return at;
         };
@@ -675,11 +672,10 @@ template <class Isa> struct Loops {
     static Floats int8_weights(const AttentionTask & task, const AttentionMemory & m, int lane, Floats most) {
         constexpr float LOG2_255 = 7.9943534F;
         const float     to_log2  = task.scale * LOG2_E;
-        const Floats    shift    = most * to_log2 - LOG2_255;
         const int64_t   n_words  = m.pv.kp / 4;
         Words           total    = {};
         const auto      weight   = [&](int64_t key) {
-            const Floats e = exp2_rough(load(m.scores + key * m.qk.nr + lane) * to_log2 - shift);
+            const Floats e = exp2_rough((load(m.scores + key * m.qk.nr + lane) - most) * to_log2 + LOG2_255);
             const Words  q = whole(e + 0.5F);
             total += q;
             return q;

@@ -24,12 +24,8 @@ struct Isa {
     static constexpr MicroKernel f32() { return micro_kernel<F32, 5, 4>(); }
 };
 
-bool supported() {
-    return cpu_features().neon_dotprod;
-}
-
 }  // namespace
 
-constexpr Kernels NEON_DOTPROD = Loops<Isa>::table("neon-dotprod", supported);
+constexpr Kernels NEON_DOTPROD = Loops<Isa>::table("neon-dotprod", has_neon_dotprod);
 
 }  // namespace omnivlm

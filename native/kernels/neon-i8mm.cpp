@@ -72,12 +72,8 @@ struct Isa {
     static constexpr MicroKernel f32() { return micro_kernel<F32, 5, 4>(); }
 };
 
-bool supported() {
-    return cpu_features().neon_i8mm;
-}
-
 }  // namespace
 
-constexpr Kernels NEON_I8MM = Loops<Isa>::table("neon-i8mm", supported);
+constexpr Kernels NEON_I8MM = Loops<Isa>::table("neon-i8mm", has_neon_i8mm);
 
 }  // namespace omnivlm

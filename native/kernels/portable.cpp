@@ -1,5 +1,6 @@
 // Plain C++ for any machine: 4 lanes of 32 bits, which every compiler turns into what the baseline has.
 
+#include "cpu.h"
 #include "instruction-sets.h"
 #include "loops.h"
 #include "tile.h"
@@ -72,12 +73,8 @@ struct Isa {
     static constexpr MicroKernel f32() { return micro_kernel<F32, 2, 4>(); }
 };
 
-bool supported() {
-    return true;
-}
-
 }  // namespace
 
-constexpr Kernels PORTABLE = Loops<Isa>::table("portable", supported);
+constexpr Kernels PORTABLE = Loops<Isa>::table("portable", always);
 
 }  // namespace omnivlm

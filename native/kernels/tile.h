@@ -2,7 +2,8 @@
 //
 //   acc[r][j] += a[r] . b[j]     a: 4 bytes of a row, broadcast;  b: 4 bytes in each 32-bit lane
 //
-// Dot provides: Vector, load, broadcast, zero, dot, store, and OPS, the operations of one dot.
+// Dot provides: Vector, Operand, BYTES of both, KP, load, broadcast, zero, dot, store, and OPS, the operations of one
+// dot.
 
 #pragma once
 
@@ -20,8 +21,10 @@ namespace {
 
 #if defined(__aarch64__)
 #define OMNIVLM_VECTOR_REGISTER "+w"
-#else
+#elif defined(__x86_64__)
 #define OMNIVLM_VECTOR_REGISTER "+v"
+#else
+#define OMNIVLM_VECTOR_REGISTER "+m"
 #endif
 
 template <class Dot, int MR, int NV>

@@ -214,11 +214,10 @@ void test_linear(const Kernels & kernels, Operand operand, int64_t m, int64_t n,
         check(error < limit,
               label + " epilogue " + std::to_string(static_cast<int>(epilogue)) + ": error " + std::to_string(error));
     }
-    std::vector<double> as_float(exact.size());
-    const Matrix        zero(static_cast<size_t>(n), 0.0F);
-    const Matrix        got   = run_linear(kernels, operands, zero, residual, m, n, Epilogue::NONE);
-    const double        error = relative_error(exact, got);
-    const double        limit = operand == Operand::INT8 ? 0.05 : operand == Operand::BF16 ? 0.008 : 1e-5;
+    const Matrix zero(static_cast<size_t>(n), 0.0F);
+    const Matrix got   = run_linear(kernels, operands, zero, residual, m, n, Epilogue::NONE);
+    const double error = relative_error(exact, got);
+    const double limit = operand == Operand::INT8 ? 0.05 : operand == Operand::BF16 ? 0.008 : 1e-5;
     check(error < limit, label + ": far from the exact product, error " + std::to_string(error));
 }
 

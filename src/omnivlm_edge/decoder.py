@@ -231,7 +231,7 @@ class TextDecoder:
 
     def release_pages(self) -> None:
         """Gives the memory behind mapped weights back to the system until they are used again."""
-        release_mappings(self._path)
+        _release(self._path)
 
     def holds(self, sequence: TokenSequence, parts: Sequence[Tokens | Embeddings]) -> bool:
         """Whether a new sequence finds all these parts in its place of the context."""
@@ -699,7 +699,8 @@ def _load_model(
     layers = _ALL_LAYERS if n_gpu_layers is None else n_gpu_layers
     params.n_gpu_layers = 0 if device.kind == "cpu" else layers
     take_log_error()
-    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    with _mappings:  # parts of the file are unmapped
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         reason = take_log_error() or "unknown reason"
         raise ModelFileError(
@@ -707,7 +708,7 @@ def _load_model(
             "download or convert it again"
         )
     if params.use_extra_bufts:
-        release_mappings(os.fsencode(path))  # hardly anything but the copies is read from now on
+        _release(os.fsencode(path))  # hardly anything but the copies is read from now on
     return model
 
 
@@ -742,9 +743,19 @@ def _new_context(
     return context
 
 
+# While pages are released by their addresses, nobody may unmap a file and put something else there.
+_mappings = threading.RLock()
+
+
+def _release(path: bytes) -> None:
+    with _mappings:
+        release_mappings(path)
+
+
 def _free_all(owned: list[Any]) -> None:
-    for free in owned:
-        free()
+    with _mappings:
+        for free in owned:
+            free()
 
 
 @functools.cache

@@ -39,6 +39,7 @@ def memory_needed(
     `precision`, `low_memory` and `on_cpu` say how pictures are encoded. Raises ModelFileError when
     the text model's header lacks its dimensions.
     """
+    n_ctx = min(n_ctx, text.number("context_length"))
     head = text.width // text.number("attention.head_count")
     kv_width = head * text.number("attention.head_count_kv")
     cache = 2 * 2 * text.number("block_count") * kv_width * n_ctx  # keys and values, 2 bytes each
@@ -71,11 +72,12 @@ def check_budget(
         return
     saved = max(0, text.size - round(text.parameters * _SMALL_BYTES_PER_WEIGHT))
     others = [
+        ("vision precision int8", need(precision="int8", low_memory=low_memory)),
         ("low_memory (--low-memory)", need(precision=precision, low_memory=True)),
         ("its q4_k_m build", need(precision=precision, low_memory=low_memory) - saved),
         ("its q4_k_m build and low_memory", need(precision=precision, low_memory=True) - saved),
     ]
-    fitting = [f"{what} (about {_gb(size)})" for what, size in others if size <= budget < needed]
+    fitting = [f"{what} (about {_gb(size)})" for what, size in others if size <= budget]
     least = min(size for _, size in others)
     advice = f"take {fitting[0]}" if fitting else f"the least that it can do with is {_gb(least)}"
     raise OptionError(
