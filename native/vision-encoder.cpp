@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -109,9 +110,32 @@ VisionEncoder::VisionEncoder(const std::string & path, const Options & options) 
         return;
     }
     kernels_ = &kernels;
+    copy_vectors();
     if (!options.low_memory) {
         packed_ = PackedWeights(kernels, matrices(model_, kernels, precision_), model_.file, options.n_threads);
     }
+}
+
+// Norms and biases lie between the matrices all over the file: reading one maps its neighbours, too.
+void VisionEncoder::copy_vectors() {
+    const auto each = [this](const auto & use) {
+        ggml_context * ctx = model_.context.get();
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
+            if (ggml_n_dims(t) == 1) {
+                use(t, GGML_PAD(ggml_nbytes(t), size_t{ 64 }));
+            }
+        }
+    };
+    size_t total = 0;
+    each([&](const ggml_tensor *, size_t size) { total += size; });
+    vectors_  = allocate_aligned(total);
+    char * at = vectors_.get();
+    each([&](ggml_tensor * vector, size_t size) {
+        std::memcpy(at, vector->data, ggml_nbytes(vector));
+        vector->data = at;
+        at += size;
+    });
+    model_.file.release(model_.file.data(), model_.file.size());
 }
 
 const char * VisionEncoder::precision() const {

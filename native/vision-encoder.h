@@ -49,6 +49,7 @@ class VisionEncoder {
 
   private:
     void        prepare(int64_t n_images, bool with_kernels);
+    void        copy_vectors();
     void        load_pixels(const float * pixels);
     VisionGraph build(int64_t n_images, bool with_kernels) const;
     void        encode_batch(const float * pixels, int64_t n_images, float * tokens, ImportanceCollector * collector);
@@ -62,6 +63,7 @@ class VisionEncoder {
     const Kernels *  kernels_   = nullptr;  // null where ggml computes
     ggml_backend_ptr backend_;
     VisionModel      model_;
+    AlignedMemory    vectors_;
     PackedWeights    packed_;
     ggml_gallocr_ptr allocator_;
     VisionGraph      graph_;
