@@ -1,5 +1,5 @@
 # make demo | test | lint | test-reference | test-sanitize | test-kernels | test-kernels-arm
-#      format | stub | docs | clean
+#      bench-kernels | format | stub | docs | clean
 #
 # Everything is installed into .venv; a second run finds it there and is quick.
 
@@ -13,7 +13,7 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE README.md \
 NATIVE  := $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h)
 LINTED  := src convert tests train bench docs
 
-.PHONY: demo test lint test-reference test-sanitize test-kernels test-kernels-arm format stub docs clean
+.PHONY: demo test lint test-reference test-sanitize test-kernels test-kernels-arm bench-kernels format stub docs clean
 
 demo: $(VENV)/package.stamp
 	$(BIN)/omnivlm-edge run demo -i examples/horses.png -p "Describe the image"
@@ -72,6 +72,10 @@ test-kernels: $(VENV)/build.stamp
 	    -DOMNIVLM_SANITIZE=ON -DOMNIVLM_AVXVNNI_AS_AVX512=ON > /dev/null
 	$(BIN)/cmake --build build/kernels-sanitize
 	build/kernels-sanitize/kernel-test
+
+# Their throughput, as a share of what the same instructions do without memory; 85 % and more is right.
+bench-kernels: test-kernels
+	build/kernels/kernel-test --speed
 
 # Those of arm64, on any machine: Debian's g++-aarch64-linux-gnu and qemu-user.
 test-kernels-arm: $(VENV)/build.stamp

@@ -25,10 +25,11 @@ from typing import Any
 import click
 import llama_cpp
 import numpy as np
-from full_size import commit, machine, megabytes
+from full_size import megabytes
 
 from omnivlm_edge import GenerateOptions, ImageEmbedding, OmniVLM
 from omnivlm_edge.device import check_threads
+from omnivlm_edge.machine import commit, describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "decode_overhead.jsonl"
 QUESTION = "Describe the image"
@@ -64,8 +65,8 @@ def main(model_dir: Path, text: Path | None, steps: int, rounds: int, threads: i
     }
     record = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
+        "commit": commit(Path(__file__)),
+        "machine": describe_machine(),
         "llama_cpp_python": version("llama-cpp-python"),
         "threads": threads,
         "rounds": rounds,

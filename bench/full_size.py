@@ -4,7 +4,7 @@
 
 MODEL_DIR is what `bench/synthetic.py` wrote. Each layout is measured in a process of its own, and
 once more through the command line. One JSON object a layout is appended to
-bench/results/full_size.jsonl; bench/report.py turns them into the README's table.
+bench/results/full_size.jsonl.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import click
-from full_size import commit, machine
 
 from omnivlm_edge import QuantizeOptions, compare_models, quantize_file
+from omnivlm_edge.machine import commit, describe_machine
 from omnivlm_edge.models import find_model
 from omnivlm_edge.sources import find_pictures
 
@@ -49,8 +49,8 @@ def main(scratch: Path, images: str, recipe: str, types: str) -> None:
         record = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": f"bench/head_type.py SCRATCH --images exam --recipe {recipe}",
-            "commit": commit(),
-            "machine": machine(),
+            "commit": commit(Path(__file__)),
+            "machine": describe_machine(),
             "llama_cpp_python": version("llama-cpp-python"),
             "model": source.stem,
             "recipe": recipe,

@@ -16,10 +16,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import click
-from full_size import commit, machine
 
 from omnivlm_edge import OmniVLM
 from omnivlm_edge.compare import read_questions
+from omnivlm_edge.machine import commit, describe_machine
 from omnivlm_edge.prompt import Piece
 
 RESULTS = Path(__file__).parent / "results" / "prompt_lookup.jsonl"
@@ -45,8 +45,8 @@ def main(exam: Path, questions: int) -> None:
             steps, drafted, accepted = map(sum, zip(*counts, strict=True))
             record = {
                 "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "commit": commit(),
-                "machine": machine(),
+                "commit": commit(Path(__file__)),
+                "machine": describe_machine(),
                 "model": "demo-F16",
                 "answers": kind,
                 "count": len(pairs),

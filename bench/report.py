@@ -16,36 +16,6 @@ from omnivlm_edge.plot import plot_losses
 RESULTS = Path(__file__).parent / "results"
 
 
-def cost_table() -> str:
-    """The newest full-size record of each layout."""
-    rows = {}
-    for line in (RESULTS / "full_size.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        rows[record["layout"]] = record
-    lines = [
-        "| vision file | encode | prefill | decode | load to last token | peak memory |",
-        "|---|---|---|---|---|---|",
-    ]
-    for layout, record in rows.items():
-        seconds = {stage: value["min"] for stage, value in record["seconds"].items()}
-        rate = record["completion_tokens"] / seconds["decode"]
-        lines.append(
-            f"| {layout} F16 | {seconds['encode']:.2f} s | {seconds['prefill']:.2f} s "
-            f"({record['prompt_tokens']} tokens) | {rate:.1f} tokens/s "
-            f"| {record['command_line_seconds']:.1f} s | {record['peak_rss_mb']['answer']} MB |"
-        )
-    machine = record["machine"]
-    lines += [
-        "",
-        "Full-size synthetic model (published shapes, F16, random weights), a 512×512 photograph, "
-        f"answers of {record['completion_tokens']} tokens; {machine['cpu']}, "
-        f"{record['threads']} threads, llama-cpp-python {record['llama_cpp_python']}, commit "
-        f"{record['commit']}; minimum of {record['repeats']} repeats, the whole command once. From "
-        "`bench/results/full_size.jsonl`.",
-    ]
-    return "\n".join(lines)
-
-
 def second_question_table() -> str:
     """Time to the first token of the newest record, for each case."""
     record = json.loads((RESULTS / "second_question.jsonl").read_text().splitlines()[-1])
@@ -113,18 +83,17 @@ def plot() -> None:
 
 
 def size_table() -> str:
-    """Size, speed and memory of each recipe at full size: the newest record of each."""
+    """Size and speed of each recipe at full size: the newest record of each."""
     lines = [
-        "| recipe | text | vision | encode | decode | peak memory |",
-        "|---|---|---|---|---|---|",
+        "| recipe | text | vision | decode |",
+        "|---|---|---|---|",
     ]
     for (recipe, _), record in _quantizations("synthetic-F16").items():
         loss, seconds = record["loss"], record["seconds"]
         rate = record["completion_tokens"] / seconds["decode"]["min"]
         lines.append(
             f"| `--{recipe}` | {loss['text_bytes'] / 1e6:.1f} MB | "
-            f"{loss['vision_bytes'] / 1e6:.1f} MB | {seconds['encode']['min']:.2f} s "
-            f"| {rate:.1f} tokens/s | {record['peak_rss_mb']['answer']} MB |"
+            f"{loss['vision_bytes'] / 1e6:.1f} MB | {rate:.1f} tokens/s |"
         )
     machine = record["machine"]
     lines += [
@@ -238,7 +207,7 @@ def _load_and_memory(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    tables = cost_table, second_question_table, accuracy_table, loss_table, size_table
+    tables = second_question_table, accuracy_table, loss_table, size_table
     print(*(table() for table in tables), sep="\n\n")
     if (RESULTS / "side_by_side.jsonl").exists():
         print("", side_by_side_tables(side_by_side_run()), sep="\n")

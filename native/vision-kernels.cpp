@@ -200,9 +200,13 @@ void KernelNodes::compute_panels(Node & node, ggml_tensor * dst, int thread, int
     }
 }
 
-void KernelNodes::compute_linear(Node & node, ggml_tensor * dst, int /*thread*/, int n_threads) {
-    const bool       packed   = node.panels != nullptr;
-    const int        residual = packed ? 1 : 2;
+void KernelNodes::compute_linear(Node & node, ggml_tensor * dst, int thread, int n_threads) {
+    const bool packed   = node.panels != nullptr;
+    const int  residual = packed ? 1 : 2;
+    if (!packed && thread == 0) {
+        // Reading a panel may have mapped pages of the one before again.
+        node.nodes->file_.release(node.weight->data, ggml_nbytes(node.weight));
+    }
     const LinearTask task{ node.packing,
                            static_cast<const char *>(dst->src[0]->data),
                            packed ? node.panels : static_cast<const char *>(dst->src[1]->data),
