@@ -38,6 +38,7 @@ RESULTS = Path(__file__).parent / "results" / "side_by_side.jsonl"
 SCRATCH = "side_by_side"
 WIDTH, HEIGHT = 1046, 1568  # pixels
 STAGES = ("preprocess", "encode", "prefill", "first_token", "decode")
+BATCH_REPEATS = 3  # at most: batches take long, and their minimum is what is shown
 
 
 class Numbers(click.ParamType):
@@ -58,7 +59,9 @@ class Numbers(click.ParamType):
 @click.argument("model_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--threads", type=Numbers(), help="One run for each.  [default: all cores]")
 @click.option("--repeats", type=click.IntRange(1), default=7, show_default=True)
-@click.option("--batch", type=Numbers(), default=(), help="Pictures in a call; ours only.")
+@click.option(
+    "--batch", type=Numbers(), default=(), help="Pictures in a call; ours only, with most threads."
+)
 @click.option("--only", default="", help="Beside the stock path, those whose name has this.")
 def main(
     model_dir: Path,
@@ -76,7 +79,8 @@ def main(
     files.scratch.mkdir(exist_ok=True)
     pictures = write_photos(files.scratch, repeats + 1)
     run = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    for count in threads or (os.cpu_count() or 1,):
+    counts = threads or (os.cpu_count() or 1,)
+    for count in counts:
         about = {
             "run": run,
             "commit": commit(Path(__file__)),
@@ -86,7 +90,8 @@ def main(
             "picture": f"astronaut {WIDTH}x{HEIGHT} JPEG (scikit-image)",
         }
         encoders, answerers = (chosen(group, only) for group in (ENCODERS, ANSWERERS))
-        append(about, measure_encoders(encoders, files, count, pictures, batch), STOCK_ENCODER)
+        batches = batch if count == max(counts) else ()
+        append(about, measure_encoders(encoders, files, count, pictures, batches), STOCK_ENCODER)
         append(about, measure_answerers(answerers, files, count, pictures), STOCK_ANSWERER)
 
 
@@ -199,7 +204,7 @@ def measure_encoders(
         for entrant in entrants:  # before batches take more
             entrant.note_peak()
         ours = [entrant for entrant in entrants if entrant.contender.module == "ours"]
-        for picture, entrant, count in product(pictures[1:], ours, batch):
+        for picture, entrant, count in product(pictures[1 : 1 + BATCH_REPEATS], ours, batch):
             entrant.note(f"batch {count}", entrant.ask("encode", picture, count))
         return [entrant.finished() for entrant in entrants]
 
