@@ -31,7 +31,7 @@ from omnivlm_edge import (
     json_schema_grammar,
 )
 from omnivlm_edge.convert import convert_checkpoint
-from omnivlm_edge.engine import _HeaderFilter
+from omnivlm_edge.generation import _HeaderFilter
 from tiny_checkpoint import write_checkpoint
 
 SHORT = GenerateOptions(max_tokens=12)

@@ -11,7 +11,7 @@ import os
 from collections import OrderedDict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,10 @@ def cache_key(*parts: object) -> str:
     return hashlib.sha256(repr([versions, *parts]).encode()).hexdigest()
 
 
+#: An embedding, read-only, and where it was found; nowhere if it has just been computed.
+Found: TypeAlias = tuple[npt.NDArray[np.float32], Literal["", "memory", "disk"]]
+
+
 class EmbeddingCache:
     """float32 [n_tokens, n_embd] by key: the latest in memory, more of them on disk."""
 
@@ -69,8 +73,8 @@ class EmbeddingCache:
         self._disk = disk
         self._memory: OrderedDict[str, npt.NDArray[np.float32]] = OrderedDict()
 
-    def get(self, key: str) -> tuple[npt.NDArray[np.float32], Literal["memory", "disk"]] | None:
-        """The embedding, read-only, and where it was found."""
+    def get(self, key: str) -> Found | None:
+        """The embedding of that key, if it is known."""
         data = self._memory.get(key)
         if data is not None:
             with contextlib.suppress(KeyError):  # another thread may have dropped it meanwhile

@@ -1,7 +1,7 @@
 """Stage 4: tokens and image embeddings -> sampled tokens, on llama.cpp.
 
-One context holds several sequences; `decode` advances any number of them in one step. What a closed
-sequence leaves in the context serves the next one that begins in the same way.
+One context holds several sequences; `decode` advances any number of them in one step. A sequence
+that begins as another one, open or closed, shares what that one left in the context.
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ class TokenSequence:
 class TextDecoder:
     """A text model with one context. Safe to call from several threads; calls are serialised.
 
-    `n_ctx` counts the context's positions: what was asked for, at most what the model was trained
-    on (`n_ctx_train`). `n_embd` is the width of one position's embedding. With `low_memory` no
+    `n_ctx` counts the context's positions, which all sequences share: what was asked for, at most
+    what each may use (`n_ctx_train`: the model was trained on no more) for all `n_sequences`.
+    `n_embd` is the width of one position's embedding. With `low_memory` no
     rearranged copies of the weights are made: slower, and half the memory. A `collector`, if any,
     is shown every matrix product, and every prompt is computed in full.
 
@@ -123,17 +124,26 @@ class TextDecoder:
         self._n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self._logits_type = ctypes.c_float * self._n_vocab
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self._model)
+        most = n_sequences * self.n_ctx_train
         self._context = _new_context(
-            self._model, device, min(n_ctx, self.n_ctx_train), n_threads, n_sequences, collector
+            self._model, device, min(n_ctx, most), n_threads, n_sequences, collector
         )
         self._collector = collector  # the context holds its address
         self._owned.insert(0, functools.partial(llama_cpp.llama_free, self._context))
         self.n_ctx: int = llama_cpp.llama_n_ctx(self._context)
+        #: Positions that one sequence may take.
+        self.n_ctx_sequence = min(self.n_ctx, self.n_ctx_train)
+        # Others keep a state that cannot be cut to a beginning.
+        self._shares = not (
+            llama_cpp.llama_model_is_recurrent(self._model)
+            or llama_cpp.llama_model_is_hybrid(self._model)
+        )
         self.n_embd: int = llama_cpp.llama_model_n_embd_inp(self._model)
         self._n_batch = llama_cpp.llama_n_batch(self._context)
         self._batch = llama_cpp.llama_batch_init(self._n_batch, 0, 1)
         self._owned.insert(0, functools.partial(llama_cpp.llama_batch_free, self._batch))
-        self._free_ids = list(range(n_sequences))
+        self._free_ids = list(range(n_sequences))  # the one that was closed first comes first
+        self._idle_ids = list(range(n_sequences))  # those, and the opened ones not yet begun
         self._cells: list[list[Cell]] = [[] for _ in range(n_sequences)]  # the context, by seq_id
         self._piece_buffer = ctypes.create_string_buffer(256)
 
@@ -167,7 +177,7 @@ class TextDecoder:
             if options.grammar is not None:
                 grammar = new_grammar(options.grammar, self._vocab)
             sampler = _new_sampler(options, self._n_vocab)
-            return TokenSequence(self._free_ids.pop(), options, sampler, grammar)
+            return TokenSequence(self._free_ids.pop(0), options, sampler, grammar)
 
     def close_sequence(self, sequence: TokenSequence) -> None:
         """Gives a sequence back; harmless after `close`. Its positions stay for the next one."""
@@ -179,6 +189,8 @@ class TextDecoder:
                 llama_cpp.llama_sampler_free(sequence._grammar)
             if self._finalizer.alive:
                 self._free_ids.append(sequence.seq_id)
+                if sequence.seq_id not in self._idle_ids:
+                    self._idle_ids.append(sequence.seq_id)
             sequence.seq_id = -1
 
     def prefill(
@@ -189,17 +201,30 @@ class TextDecoder:
         With `final` false there will be more to append, and no logits are computed.
 
         The first prefill of a sequence computes only what does not stand in the context already:
-        the longest common beginning is kept, whichever conversation left it there.
+        the longest common beginning is used, whichever conversation put it there.
 
         Raises ContextOverflowError before any work when the parts do not fit, OptionError when
         there is nothing to append or an embedding is not as wide as the model.
         """
+        for _ in self.prefill_steps(sequence, parts, final=final):
+            pass
+
+    def prefill_steps(
+        self,
+        sequence: TokenSequence,
+        parts: Sequence[Tokens | Embeddings],
+        *,
+        final: bool = True,
+        most: int | None = None,
+    ) -> Iterator[None]:
+        """As `prefill`, but in steps of `most` positions; others may decode between them."""
         total = sum(len(part) for part in parts)
         if total == 0:
             raise OptionError("there is nothing to prefill")
-        if sequence.position + total > self.n_ctx:
+        if sequence.position + total > self.n_ctx_sequence:
             raise ContextOverflowError(
-                f"{sequence.position + total} positions do not fit into the context of {self.n_ctx}"
+                f"{sequence.position + total} positions do not fit into the context of "
+                f"{self.n_ctx_sequence}"
             )
         for part in parts:
             if not isinstance(part, list) and part.shape != (len(part), self.n_embd):
@@ -207,20 +232,24 @@ class TextDecoder:
                     f"embeddings of shape {list(part.shape)} do not fit a text model of width "
                     f"{self.n_embd}: they were encoded by another model"
                 )
+        cells = cells_of(parts)
         with self._lock:
             self._open_context()
             _check_open(sequence)
-            cells = cells_of(parts)
             if sequence.position == 0:
                 known = cells if self._collector is None else []
-                sequence.n_cached = self._keep_common(sequence.seq_id, known)
+                sequence.n_cached = self._share_beginning(sequence.seq_id, known)
                 sequence.position = sequence.n_cached
                 parts, cells = _skip(parts, sequence.n_cached), cells[sequence.n_cached :]
-            self._make_room(len(cells))
-            for chunk in self._chunks(parts):
+        for chunk in self._chunks(parts, min(self._n_batch, most or self._n_batch)):
+            with self._lock:
+                self._open_context()
+                _check_open(sequence)
+                self._make_room(len(chunk))
                 last = len(chunk) - 1 if final and len(chunk) == len(cells) else len(chunk)
                 self._append(sequence, chunk, cells[: len(chunk)], logits_from=last)
-                cells = cells[len(chunk) :]
+            cells = cells[len(chunk) :]
+            yield
 
     def forget(self) -> None:
         """Forgets what closed sequences left in the context."""
@@ -234,11 +263,11 @@ class TextDecoder:
         _release(self._path)
 
     def holds(self, sequence: TokenSequence, parts: Sequence[Tokens | Embeddings]) -> bool:
-        """Whether a new sequence finds all these parts in its place of the context."""
+        """Whether a new sequence finds all these parts in the context."""
         cells = cells_of(parts)
         with self._lock:
             _check_open(sequence)
-            return self._cells[sequence.seq_id][: len(cells)] == cells
+            return self._longest_beginning(sequence.seq_id, cells)[0] == len(cells)
 
     def state(self, sequence: TokenSequence) -> bytes:
         """Keys and values of all positions of a sequence, in llama.cpp's format."""
@@ -260,6 +289,7 @@ class TextDecoder:
         with self._lock:
             context = self._open_context()
             _check_open(sequence)
+            self._begin(sequence.seq_id)
             self._forget(sequence.seq_id, 0)
             cells = cells_of(parts)
             self._make_room(len(cells))
@@ -373,6 +403,12 @@ class TextDecoder:
             self._open_context()
             return sequence._utf8.decode(self._piece(sequence.last_token))
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, maybe a part of a character; a control token for nothing."""
+        with self._lock:
+            self._open_context()
+            return self._piece(token)
+
     def logits(self, sequence: TokenSequence) -> npt.NDArray[np.float32]:
         """A copy of the newest logits of a sequence, float32 [n_vocab]."""
         with self._lock:
@@ -425,13 +461,29 @@ class TextDecoder:
         llama_cpp.llama_sampler_accept(sequence._sampler, token)
         return token
 
-    def _keep_common(self, seq_id: int, cells: Sequence[Cell]) -> int:
-        """Removes from a sequence what differs from `cells`; the last one is always computed."""
-        kept = self._cells[seq_id]
-        common = 0
-        while common < min(len(kept), len(cells) - 1) and kept[common] == cells[common]:
-            common += 1
-        return common if self._forget(seq_id, common) else 0
+    def _share_beginning(self, seq_id: int, cells: Sequence[Cell]) -> int:
+        """Gives a new sequence what stands in the context of `cells`: so many positions.
+
+        What else stood in its own place goes. The last of `cells` is always computed.
+        """
+        self._begin(seq_id)
+        common, source = self._longest_beginning(seq_id, cells[:-1])
+        if source == seq_id or common == 0:
+            return common if self._forget(seq_id, common) else 0
+        self._forget(seq_id, 0)
+        memory = llama_cpp.llama_get_memory(self._context)
+        llama_cpp.llama_memory_seq_cp(memory, source, seq_id, 0, common)
+        self._cells[seq_id] = self._cells[source][:common]
+        return common
+
+    def _longest_beginning(self, seq_id: int, cells: Sequence[Cell]) -> tuple[int, int]:
+        """How many of `cells` some sequence begins with, and which; its own place before others."""
+        ids = range(len(self._cells)) if self._shares else [seq_id]
+        lengths = {i: _common_length(self._cells[i], cells) for i in ids}
+        longest = max(lengths.values())
+        return longest, seq_id if lengths[seq_id] == longest else max(
+            lengths, key=lengths.__getitem__
+        )
 
     def _forget(self, seq_id: int, start: int) -> bool:
         """Removes positions from `start` on; all of them where the model can only do that."""
@@ -443,11 +495,20 @@ class TextDecoder:
             llama_cpp.llama_memory_seq_rm(memory, seq_id, -1, -1)
         return partly
 
+    def _begin(self, seq_id: int) -> None:
+        """What is in the place of a sequence is its own from now on."""
+        if seq_id in self._idle_ids:
+            self._idle_ids.remove(seq_id)
+
     def _make_room(self, n_positions: int) -> None:
-        """Gives up what closed sequences left, when the open ones need the place."""
-        if sum(map(len, self._cells)) + n_positions > self.n_ctx:
-            for seq_id in self._free_ids:
-                self._forget(seq_id, 0)
+        """Gives up what closed sequences left, the oldest first, when open ones need the place.
+
+        Positions that sequences share count for each of them: rather too much is given up.
+        """
+        for seq_id in self._idle_ids:
+            if sum(map(len, self._cells)) + n_positions <= self.n_ctx:
+                break
+            self._forget(seq_id, 0)
 
     def _piece(self, token: int) -> bytes:
         buffer = self._piece_buffer
@@ -457,8 +518,10 @@ class TextDecoder:
             return self._piece(token)
         return buffer.raw[:size]
 
-    def _chunks(self, parts: Sequence[Tokens | Embeddings]) -> Iterator[Tokens | Embeddings]:
-        """The parts in as few batches as llama.cpp takes, each of tokens alone or embeddings alone.
+    def _chunks(
+        self, parts: Sequence[Tokens | Embeddings], most: int
+    ) -> Iterator[Tokens | Embeddings]:
+        """The parts in as few batches as `most` allows, each of tokens alone or embeddings alone.
 
         Every batch reads all the weights once more, so tokens between pictures become embeddings.
         """
@@ -466,8 +529,8 @@ class TextDecoder:
         if len(runs) > 1 and self._file.n_embd == self.n_embd:
             runs = [np.concatenate([self._embed(run) for run in runs])]
         for run in runs:
-            for start in range(0, len(run), self._n_batch):
-                yield run[start : start + self._n_batch]
+            for start in range(0, len(run), most):
+                yield run[start : start + most]
 
     def _embed(self, run: Tokens | Embeddings) -> Embeddings:
         if isinstance(run, list):
@@ -536,6 +599,12 @@ def cells_of(parts: Sequence[Tokens | Embeddings]) -> list[Cell]:
             digest = hashlib.sha256(np.ascontiguousarray(part).data).hexdigest()
             cells += [(digest, row) for row in range(len(part))]
     return cells
+
+
+def _common_length(left: Sequence[Cell], right: Sequence[Cell]) -> int:
+    """How many cells both begin with."""
+    pairs = zip(left, right, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _joined(parts: Sequence[Tokens | Embeddings]) -> list[Tokens | Embeddings]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,10 @@ import numpy.typing as npt
 from . import image as images
 from . import prompt as prompts
 from ._native import Device, ImportanceCollector, VisionHparams
-from .cache import DiskCache, EmbeddingCache, cache_key
+from .cache import DiskCache, EmbeddingCache, Found, cache_key
 from .errors import ModelFileError
 from .files import identity, loaded_digest
-from .image import ImageSource
+from .image import ImageSource, Pixels
 from .paths import cache_dir
 from .values import ImageEmbedding
 from .vision import Vision
@@ -90,37 +91,59 @@ class PictureEncoder:
                 f"{path} takes {n_embd}: the two files are of different models"
             )
 
-    def encode(self, image: ImageSource) -> ImageEmbedding:
-        """Encodes a picture, or finds it in memory or on disk.
+    def preprocess(self, image: ImageSource) -> Pixels:
+        """Stage 1 alone, which several threads may do at once. Raises as `image.load_image`."""
+        return images.preprocess(image, self.hparams.image_size)
 
-        It is found by its resized pixels, the vision file's content, the device, the precision and
-        this package's version.
+    def encode(self, image: ImageSource | Pixels) -> ImageEmbedding:
+        """Encodes one picture; see `encode_batch`."""
+        return self.encode_batch([image])[0]
+
+    def encode_batch(self, pictures: Sequence[ImageSource | Pixels]) -> list[ImageEmbedding]:
+        """Encodes pictures together, but for those that are found in memory or on disk.
+
+        They are found by their resized pixels, the vision file's content, the device, the
+        precision and this package's version.
 
         Raises ImageError (see `image.load_image`), DeviceError, and ModelFileError when what comes
         out is no number: the file is damaged, or the device computes wrongly.
         """
+        seen = [p if isinstance(p, Pixels) else self.preprocess(p) for p in pictures]
         started = time.perf_counter()
-        hparams = self.hparams
-        picture = images.load_image(image)
-        pixels = images.resize(picture.image, hparams.image_size)
-        preprocessed = time.perf_counter()
-        key = self._cache_key(pixels)
-        found = self._cache.get(key)
-        if found is not None:
-            data, where = found
-            looked_up = time.perf_counter() - preprocessed
-            return ImageEmbedding(data, preprocessed - started, looked_up, picture.name, where)
-        normalised = images.normalise(pixels, hparams.image_mean, hparams.image_std)
-        data = self._vision.encode(normalised[None])[0]  # [n_tokens, n_embd_text]
-        if not np.isfinite(data).all():
-            raise ModelFileError(
-                f"{self._path}: makes no numbers of {picture.name} on {self._device}: download or "
-                "convert it again, or try --device cpu"
-            )
-        data.flags.writeable = False
-        seconds = time.perf_counter() - preprocessed
-        self._cache.put(key, data)
-        return ImageEmbedding(data, preprocessed - started, seconds, picture.name)
+        keys = [self._cache_key(pixels.data) for pixels in seen]
+        found: dict[str, Found] = {}
+        new: dict[str, Pixels] = {}
+        for key, pixels in zip(keys, seen, strict=True):
+            known = self._cache.get(key)
+            if known is None:
+                new[key] = pixels
+            else:
+                found[key] = known
+        for key, data in zip(new, self._compute(list(new.values())), strict=True):
+            self._cache.put(key, data)
+            found[key] = data, ""
+        share = (time.perf_counter() - started) / len(seen)  # of each in what all took
+        return [
+            ImageEmbedding(found[key][0], pixels.seconds, share, pixels.name, found[key][1])
+            for key, pixels in zip(keys, seen, strict=True)
+        ]
+
+    def _compute(self, pictures: Sequence[Pixels]) -> Iterator[npt.NDArray[np.float32]]:
+        """Stages 2 and 3: float32 [n_tokens, n_embd_text], read-only, of each picture."""
+        if not pictures:
+            return
+        mean, std = self.hparams.image_mean, self.hparams.image_std
+        batch = np.stack([images.normalise(pixels.data, mean, std) for pixels in pictures])
+        rows = self._vision.encode(batch)  # [n, n_tokens, n_embd_text]
+        for data, pixels in zip(rows, pictures, strict=True):
+            if not np.isfinite(data).all():
+                raise ModelFileError(
+                    f"{self._path}: makes no numbers of {pixels.name} on {self._device}: download "
+                    "or convert it again, or try --device cpu"
+                )
+            data = data.copy()  # a view would keep all of the batch in memory
+            data.flags.writeable = False
+            yield data
 
     def forget(self) -> None:
         """Forgets the pictures in memory; those on disk stay."""

@@ -1,7 +1,7 @@
 """The one file that knows the order of the stages.
 
 image -> preprocess -> vision encoder -> projector -> text decoder -> text
-encoder.py: image.py - vision.py (native/) ---------- prompt.py, decoder.py
+encoder.py: image.py - vision.py (native/) ---------- prompt.py, decoder.py, generation.py
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +20,13 @@ from . import prompt as prompts
 from ._native import ImportanceCollector
 from .cache import DiskCache, cache_key
 from .chat import Chat, Images, finish
-from .decoder import Embeddings, TextDecoder, Tokens, TokenSequence, cells_of
+from .decoder import TextDecoder, cells_of
 from .device import check_precision, check_threads, select_device
 from .encoder import PictureEncoder
 from .errors import ClosedError, ContextOverflowError, OptionError
 from .files import identity, loaded_digest
-from .image import ImageSource
+from .generation import Generation, PictureSlot, PromptPart
+from .image import ImageSource, Pixels
 from .memory import check_budget
 from .model_file import inspect_file
 from .models import find_model
@@ -35,10 +35,8 @@ from .values import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_N_CTX,
     Answer,
-    FinishReason,
     GenerateOptions,
     ImageEmbedding,
-    Timings,
     Turn,
 )
 
@@ -52,7 +50,8 @@ class OmniVLM:
         mmproj: the vision file; found beside the text model when it is left out.
         variant: prompt variant, for files that name none (see `prompt.VARIANTS`).
         device: `auto`, `cpu`, `cuda`, `metal`, `vulkan` or a device name of ggml.
-        n_ctx: positions in the context; at most what the model was trained for.
+        n_ctx: positions in the context; at most what the model was trained for, per sequence.
+        n_sequences: answers that may be generated at the same time (see `scheduler`).
         n_threads: CPU threads; the cores that this process may use when left out.
         n_gpu_layers: layers of the text model on the device; all when left out.
         mmproj_offload: whether the vision path runs on the device too, or on the CPU.
@@ -65,8 +64,8 @@ class OmniVLM:
             kept on disk, for other processes too.
         collector: is shown every matrix product of both models (see `imatrix.collect`).
 
-    Raises ModelFileError, DeviceError, OptionError. One object generates one answer at a time:
-    a second one, from another thread too, raises BusyError until the first is finished or its
+    Raises ModelFileError, DeviceError, OptionError. One object generates `n_sequences` answers at a
+    time: one more, from another thread too, raises BusyError until another is finished or its
     iterator closed. A process that was forked off must make an object of its own.
     """
 
@@ -78,6 +77,7 @@ class OmniVLM:
         variant: str | None = None,
         device: str = "auto",
         n_ctx: int = DEFAULT_N_CTX,
+        n_sequences: int = 1,
         n_threads: int | None = None,
         n_gpu_layers: int | None = None,
         mmproj_offload: bool = True,
@@ -115,6 +115,7 @@ class OmniVLM:
             files.text,
             chosen,
             n_ctx=n_ctx,
+            n_sequences=n_sequences,
             n_threads=threads,
             n_gpu_layers=n_gpu_layers,
             low_memory=low_memory,
@@ -157,13 +158,23 @@ class OmniVLM:
 
     @property
     def n_ctx(self) -> int:
-        """Positions in the context."""
+        """Positions in the context that one prompt and its answer may take."""
+        return self._decoder.n_ctx_sequence
+
+    @property
+    def n_ctx_total(self) -> int:
+        """Positions in the context that all answers at the same time share."""
         return self._decoder.n_ctx
 
     @property
     def takes_questions(self) -> bool:
         """False for OCR models: they read a picture, whatever is asked."""
         return prompts.takes_questions(self._variant)
+
+    @property
+    def single_turn(self) -> bool:
+        """True for models that were trained on single questions only."""
+        return self._open_encoder().hparams.single_turn
 
     def file_hashes(self) -> dict[Path, str | None]:
         """The SHA-256 of both files, in hex; None for one that changed since it was loaded.
@@ -174,7 +185,14 @@ class OmniVLM:
             path: loaded_digest(path, loaded, self._hashes) for path, loaded in self._loaded.items()
         }
 
-    def encode(self, image: ImageSource) -> ImageEmbedding:
+    def preprocess(self, image: ImageSource) -> Pixels:
+        """A picture as the model sees it, for `encode`; several threads may do this at once.
+
+        Raises ImageError (see `image.load_image`), ClosedError.
+        """
+        return self._open_encoder().preprocess(image)
+
+    def encode(self, image: ImageSource | Pixels) -> ImageEmbedding:
         """Encodes a picture once, for any number of questions.
 
         A picture that was encoded before is found in memory, or on disk, by its resized pixels, the
@@ -182,10 +200,14 @@ class OmniVLM:
 
         Raises ImageError (see `image.load_image`), DeviceError, ClosedError.
         """
+        return self.encode_batch([image])[0]
+
+    def encode_batch(self, images: Sequence[ImageSource | Pixels]) -> list[ImageEmbedding]:
+        """Encodes pictures together; the same picture twice is computed once. As `encode`."""
         encoder = self._open_encoder()
         if self._low_memory:
             self._decoder.release_pages()
-        return encoder.encode(image)
+        return encoder.encode_batch(images)
 
     def generate(
         self,
@@ -222,19 +244,45 @@ class OmniVLM:
         system: str | None = None,
     ) -> Generator[str, None, Answer]:
         """Streams the answer to the last turn of a conversation; errors as for `generate`."""
+        return self._run(self.prepare(turns, options, system))
+
+    def prepare(
+        self,
+        turns: Sequence[Turn],
+        options: GenerateOptions | None = None,
+        system: str | None = None,
+    ) -> Generation:
+        """The answer to the last turn of a conversation, before any work.
+
+        Raises OptionError, ContextOverflowError, ClosedError.
+        """
         options = GenerateOptions() if options is None else options
         if not isinstance(options, GenerateOptions):
             raise OptionError(f"options is {options!r}: it must be GenerateOptions")
-        started = time.perf_counter()
-        parts = self._tokenize(turns, system)
-        room = self._decoder.n_ctx - sum(map(self._count, parts))
-        if room < (options.max_tokens or 1):
-            what = "lower max_tokens (-n)"
-            if len(turns) > 1:
-                what = "start the conversation over (/clear)"
-            raise ContextOverflowError(self._overflow(room, options.max_tokens or 1, what))
-        max_tokens = options.max_tokens or min(DEFAULT_MAX_TOKENS, room)
-        return self._generate(parts, options, max_tokens, started)
+        advice = "lower max_tokens (-n)"
+        if len(turns) > 1:
+            advice = "start the conversation over (/clear)"
+        return self._prepare(turns, options, system, advice)
+
+    def prefill_steps(self, generation: Generation, most: int | None = None) -> Iterator[None]:
+        """Puts the prompt of an answer, whose pictures are encoded, into the context.
+
+        In steps of at most `most` positions. Raises BusyError when there is no place for it.
+        """
+        steps = self._prefill_steps(generation, most)
+        while True:
+            started = time.perf_counter()
+            try:
+                next(steps)
+            except StopIteration:
+                return
+            finally:
+                generation.prefill_seconds += time.perf_counter() - started
+            yield
+
+    def decode(self, generations: Sequence[Generation]) -> None:
+        """One step of several answers: appends the token that each has sampled last."""
+        self._decoder.decode([generation.sequence for generation in generations])
 
     def choose(
         self, image: Images, prompt: str, choices: Sequence[str], *, system: str | None = None
@@ -248,22 +296,16 @@ class OmniVLM:
         """
         names = _check_choices(choices)
         spellings = [_spellings(name) for name in names]
-        parts = self._tokenize([Turn(prompt, _as_tuple(image))], system)
-        room = self._decoder.n_ctx - sum(map(self._count, parts))
         tokens = {
             spelling: self._decoder.tokenize([prompts.Piece(spelling, special=False)])
             for choice in spellings
             for spelling in choice
         }
-        longest = max(map(len, tokens.values()))
-        if room < longest:
-            raise ContextOverflowError(self._overflow(room, longest, "shorten the choices"))
-        sequence = self._decoder.open(GenerateOptions())
-        try:
-            self._prefill(sequence, self._embed(parts)[0], _first_picture(parts))
-            found = self._decoder.score(sequence, list(tokens.values()))
-        finally:
-            self._decoder.close_sequence(sequence)
+        longest = GenerateOptions(max_tokens=max(map(len, tokens.values())))
+        turns = [Turn(prompt, _as_tuple(image))]
+        with closing(self._prepare(turns, longest, system, "shorten the choices")) as generation:
+            self._prefill(generation)
+            found = self._decoder.score(generation.sequence, list(tokens.values()))
         scores = dict(zip(tokens, found, strict=True))  # log-probabilities
         together = [np.logaddexp.reduce([scores[text] for text in choice]) for choice in spellings]
         shares = np.exp(np.asarray(together) - np.logaddexp.reduce(together))
@@ -278,12 +320,11 @@ class OmniVLM:
         So another model's answer can be followed (`Answer.tokens`). What was computed before is not
         used: the same arguments give the same numbers. Raises as `answer`.
         """
-        filled, _, _ = self._embed(self._tokenize([Turn(prompt, (image,))], None))
-        sequence = self._decoder.open(GenerateOptions())
-        try:
-            yield from self._decoder.logits_along(sequence, filled, list(tokens))
-        finally:
-            self._decoder.close_sequence(sequence)
+        with closing(self.prepare([Turn(prompt, (image,))])) as generation:
+            self._encode_waiting(generation)
+            yield from self._decoder.logits_along(
+                generation.sequence, generation.filled, list(tokens)
+            )
 
     def chat(self, *, system: str | None = None, history: bool | None = None) -> Chat:
         """A conversation about any number of pictures.
@@ -292,7 +333,7 @@ class OmniVLM:
         trained on single questions only, as their vision file or prompt variant says.
         """
         if history is None:
-            history = self.takes_questions and not self._open_encoder().hparams.single_turn
+            history = self.takes_questions and not self.single_turn
         return Chat(self, system=system, history=history)
 
     def forget(self) -> None:
@@ -325,7 +366,7 @@ class OmniVLM:
             raise ClosedError("the model was closed; make a new one")
         return self._encoder
 
-    def _tokenize(self, turns: Sequence[Turn], system: str | None) -> list[_Part]:
+    def _tokenize(self, turns: Sequence[Turn], system: str | None) -> list[PromptPart]:
         """The prompt of a conversation: tokens, and the pictures between them."""
         n_tokens, n_embd = self.image_tokens, self._open_encoder().hparams.n_embd_text
         for turn in turns:
@@ -339,8 +380,8 @@ class OmniVLM:
                         f"{[n_tokens, n_embd]}: it was encoded by another model; encode it with "
                         "this one"
                     )
-        pictures = (_Picture(image) for turn in turns for image in turn.images)
-        parts: list[_Part] = []
+        pictures = (PictureSlot(image) for turn in turns for image in turn.images)
+        parts: list[PromptPart] = []
         for part in prompts.build_prompt(turns, self._variant, system):
             if part == prompts.IMAGE:
                 parts.append(next(pictures))
@@ -350,11 +391,28 @@ class OmniVLM:
                 parts.append(list(part))
         return parts
 
-    def _count(self, part: _Part) -> int:
-        return self.image_tokens if isinstance(part, _Picture) else len(part)
+    def _prepare(
+        self, turns: Sequence[Turn], options: GenerateOptions, system: str | None, advice: str
+    ) -> Generation:
+        parts = self._tokenize(turns, system)
+        n_prompt = sum(map(self._count, parts))
+        room, wanted = self.n_ctx - n_prompt, options.max_tokens or 1
+        if room < wanted:
+            raise ContextOverflowError(self._overflow(room, wanted, advice))
+        return Generation(
+            self._decoder,
+            parts,
+            options,
+            n_prompt=n_prompt,
+            max_tokens=options.max_tokens or min(DEFAULT_MAX_TOKENS, room),
+            load_seconds=self.load_seconds,
+        )
+
+    def _count(self, part: PromptPart) -> int:
+        return self.image_tokens if isinstance(part, PictureSlot) else len(part)
 
     def _overflow(self, room: int, wanted: int, advice: str) -> str:
-        n_ctx = self._decoder.n_ctx
+        n_ctx = self.n_ctx
         last = " or raise n_ctx (-c)"
         if n_ctx >= self._decoder.n_ctx_train:
             last = "; the model was trained for no more positions"
@@ -363,153 +421,48 @@ class OmniVLM:
             f"into the context of {n_ctx}: shorten the prompt, {advice}{last}"
         )
 
-    def _embed(
-        self, parts: Sequence[_Part]
-    ) -> tuple[list[Tokens | Embeddings], list[ImageEmbedding], list[ImageEmbedding]]:
-        """The parts with every picture encoded; the pictures; those of them encoded just now."""
-        filled: list[Tokens | Embeddings] = []
-        pictures: list[ImageEmbedding] = []
-        new: list[ImageEmbedding] = []
-        for part in parts:
-            if not isinstance(part, _Picture):
-                filled.append(part)
-                continue
-            picture = part.source
-            if not isinstance(picture, ImageEmbedding):
-                picture = self.encode(picture)
-                new.append(picture)
-            pictures.append(picture)
-            filled.append(picture.data)
-        return filled, pictures, new
+    def _run(self, generation: Generation) -> Generator[str, None, Answer]:
+        with closing(generation):
+            self._prefill(generation)
+            since = time.perf_counter()
+            while True:
+                piece = generation.sample(since)
+                if piece:
+                    yield piece
+                if generation.finished:
+                    return generation.answer()
+                since = time.perf_counter()
+                self.decode([generation])
 
-    def _prefill(
-        self, sequence: TokenSequence, parts: Sequence[Tokens | Embeddings], n_first: int
-    ) -> None:
+    def _prefill(self, generation: Generation) -> None:
+        _ = generation.sequence  # raises BusyError before any work
+        self._encode_waiting(generation)
+        for _ in self.prefill_steps(generation):
+            pass
+
+    def _encode_waiting(self, generation: Generation) -> None:
+        for picture in list(generation.waiting):
+            generation.put(self.encode(picture))
+
+    def _prefill_steps(self, generation: Generation, most: int | None) -> Iterator[None]:
         """Prefills a prompt. Its first parts, up to the first picture, are kept on disk."""
-        decoder, first = self._decoder, parts[:n_first]
+        decoder, sequence, parts = self._decoder, generation.sequence, generation.filled
+        first, rest = parts[: generation.n_first], parts[generation.n_first :]
         text = self.files.text
         digest = None
         if self._hashes is not None and first and not decoder.holds(sequence, first):
             digest = loaded_digest(text, self._loaded[text], self._hashes)
         if digest is None:
-            decoder.prefill(sequence, parts)
+            yield from decoder.prefill_steps(sequence, parts, most=most)
             return
         key = cache_key(digest, self.device, cells_of(first))
         state = self._beginnings.get(key)
         if state is not None and decoder.restore(sequence, first, state):
-            decoder.prefill(sequence, parts)
+            yield from decoder.prefill_steps(sequence, parts, most=most)
         else:
-            decoder.prefill(sequence, first, final=False)
+            yield from decoder.prefill_steps(sequence, first, final=False, most=most)
             self._beginnings.put(key, decoder.state(sequence))
-            decoder.prefill(sequence, parts[n_first:])
-
-    def _generate(
-        self, parts: Sequence[_Part], options: GenerateOptions, max_tokens: int, started: float
-    ) -> Generator[str, None, Answer]:
-        decoder = self._decoder
-        sequence = decoder.open(options)
-        try:
-            filled, pictures, new = self._embed(parts)
-            prefilling = time.perf_counter()
-            self._prefill(sequence, filled, _first_picture(parts))
-            prefill_seconds = time.perf_counter() - prefilling
-            n_prompt = sequence.position
-
-            text = ""
-            tokens: list[int] = []
-            decode_seconds = first_token_seconds = 0.0
-            finish_reason: FinishReason = "length"
-            header = _HeaderFilter(decoder.special_token("<|im_start|>"))
-            while len(tokens) < max_tokens:
-                step_started = time.perf_counter()
-                if tokens:
-                    decoder.decode([sequence])
-                token = decoder.sample(sequence)
-                piece = "" if sequence.at_end else header.feed(token, decoder.text(sequence))
-                now = time.perf_counter()
-                decode_seconds += now - step_started
-                first_token_seconds = first_token_seconds or now - started
-                if sequence.at_end:
-                    finish_reason = "stop"
-                    break
-                tokens.append(token)
-                if piece:
-                    text += piece
-                    yield piece
-            rest = header.flush() + decoder.text(sequence, final=True)
-            if rest:
-                text += rest
-                yield rest
-            return Answer(
-                text=text,
-                finish_reason=finish_reason,
-                prompt_tokens=n_prompt,
-                image_tokens=sum(len(picture.data) for picture in pictures),
-                completion_tokens=len(tokens),
-                cached_tokens=sequence.n_cached,
-                timings=Timings(
-                    load=self.load_seconds,
-                    preprocess=sum(picture.preprocess_seconds for picture in new),
-                    encode=sum(picture.encode_seconds for picture in new),
-                    prefill=prefill_seconds,
-                    decode=decode_seconds,
-                    first_token=first_token_seconds,
-                ),
-                tokens=tuple(tokens),
-                images=tuple(pictures),
-            )
-        finally:
-            decoder.close_sequence(sequence)
-
-
-@dataclass(frozen=True, eq=False)
-class _Picture:
-    """A picture's place in a prompt."""
-
-    source: ImageSource | ImageEmbedding
-
-
-_Part: TypeAlias = "Tokens | _Picture"
-
-
-class _HeaderFilter:
-    """Removes what a model may write before its answer: white space and its own turn header.
-
-    The header is part of the prompt already; the published weights were trained to write it, so it
-    is removed where it still appears.
-    """
-
-    _HEADER = "assistant\n"
-
-    def __init__(self, im_start: int) -> None:
-        self._im_start = im_start
-        self._held: str | None = None  # text since <|im_start|> that may be the header
-        self._answering = False
-
-    def feed(self, token: int, text: str) -> str:
-        if self._answering:
-            return text
-        if token == self._im_start:
-            self._held = ""
-            return ""
-        if self._held is not None:
-            self._held += text
-            if self._HEADER.startswith(self._held):
-                return ""
-            text, self._held = self._held.removeprefix(self._HEADER), None
-        text = text.lstrip()
-        self._answering = bool(text)
-        return text
-
-    def flush(self) -> str:
-        """What was held back when the generation ended in the middle of a header."""
-        held, self._held = self._held or "", None
-        return held
-
-
-def _first_picture(parts: Sequence[_Part]) -> int:
-    """How many parts there are up to the first picture and with it; 0 without pictures."""
-    return next((i for i, part in enumerate(parts, 1) if isinstance(part, _Picture)), 0)
+            yield from decoder.prefill_steps(sequence, rest, most=most)
 
 
 def _as_tuple(image: Images) -> tuple[ImageSource | ImageEmbedding, ...]:

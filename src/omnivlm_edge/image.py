@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +49,18 @@ class Picture:
     original_size: tuple[int, int]
     format: str | None
     turned: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """A picture as a model sees it: `data` is uint8 [size, size, 3].
+
+    `name` is the picture's, `seconds` what it took to make them.
+    """
+
+    data: npt.NDArray[np.uint8]
+    name: str
+    seconds: float
 
 
 _Undecoded: TypeAlias = (
@@ -98,6 +111,17 @@ def load_image(source: ImageSource, name: str | None = None) -> Picture:
         raise ImageError(f"{name}: does not fit into memory; shrink it") from exc
     except Exception as exc:  # Pillow's decoders raise whatever damaged data leads them to
         raise ImageError(f"{name}: is damaged and cannot be decoded ({exc})") from exc
+
+
+def preprocess(source: ImageSource, size: int) -> Pixels:
+    """A picture from anywhere -> the square of `size` pixels that a model sees.
+
+    Raises ImageError as `load_image`.
+    """
+    started = time.perf_counter()
+    picture = load_image(source)
+    data = resize(picture.image, size)
+    return Pixels(data, picture.name, time.perf_counter() - started)
 
 
 def resize(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:

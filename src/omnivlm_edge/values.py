@@ -15,6 +15,8 @@ from .errors import OptionError
 
 DEFAULT_MAX_TOKENS = 512  # or what the context has room for
 DEFAULT_N_CTX = 2048  # positions
+MAX_STOPS = 16
+MAX_LOGPROBS = 20  # as in OpenAI's interface
 MAX_SEED = 2**32 - 2  # one less than llama.cpp's seeds: its largest means "random"
 
 #: How the vision path is computed on a CPU; see the README. `ggml`: in the file's types.
@@ -91,7 +93,8 @@ class GenerateOptions:
     makes every other sampling field but `repeat_penalty` and `grammar` idle; `top_k` 0, `top_p` 1,
     `min_p` 0 and `repeat_penalty` 1 switch the respective filter off; `seed` None draws a fresh
     one. `grammar` (llama.cpp's GBNF; `json_schema_grammar` makes one) admits only answers that it
-    describes.
+    describes. An answer ends before the first of the `stop` strings. With `top_logprobs` the
+    answer's `logprobs` are kept, each with so many of the likeliest tokens.
 
     Raises OptionError for a value of a wrong type or out of its range.
     """
@@ -104,6 +107,8 @@ class GenerateOptions:
     repeat_penalty: float = 1.0
     seed: int | None = None
     grammar: str | None = None
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         seeds = f"a whole number from 0 to {MAX_SEED}"
@@ -116,6 +121,8 @@ class GenerateOptions:
             ("repeat_penalty", _number(lambda r: 0 < r < math.inf), "a number above 0"),
             ("seed", _optional(_whole(0, MAX_SEED)), seeds),
             ("grammar", _optional(lambda value: isinstance(value, str)), "a text"),
+            ("stop", _is_stop, f"at most {MAX_STOPS} texts, none empty, in a tuple"),
+            ("top_logprobs", _optional(_whole(0, MAX_LOGPROBS)), f"from 0 to {MAX_LOGPROBS}"),
         ):
             value = getattr(self, name)
             if not valid(value):
@@ -137,6 +144,24 @@ def _optional(check: _Check) -> _Check:
     return lambda value: value is None or check(value)
 
 
+def _is_stop(value: Any) -> bool:
+    if not isinstance(value, tuple) or len(value) > MAX_STOPS:
+        return False
+    return all(isinstance(text, str) and text for text in value)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A sampled token's bytes and the natural logarithm of its probability.
+
+    `top` are the likeliest tokens in its place, in the same way. Before temperature and filters.
+    """
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
 @dataclass(frozen=True)
 class Answer:
     """One finished answer.
@@ -144,7 +169,7 @@ class Answer:
     `prompt_tokens` counts every position before the answer: `image_tokens` of them are pictures',
     `cached_tokens` were in the context from before, or came from disk, and cost next to nothing.
     `tokens` are the sampled ones, without the one that ended the answer; `images` are the pictures
-    of the prompt.
+    of the prompt; `logprobs` stand beside `tokens`, if they were asked for.
     """
 
     text: str
@@ -156,3 +181,4 @@ class Answer:
     timings: Timings = field(default_factory=Timings)
     tokens: tuple[int, ...] = field(default=(), repr=False)
     images: tuple[ImageEmbedding, ...] = field(default=(), repr=False)
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)

@@ -63,7 +63,5 @@ class Vision:
         Releases the GIL; calls from several threads run one after the other.
         """
         batches = range(0, max(1, len(pixels)), self._batch)
-        rows = [
-            self._encoder.encode(pixels[i : i + self._batch], self._collector) for i in batches
-        ]
+        rows = [self._encoder.encode(pixels[i : i + self._batch], self._collector) for i in batches]
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
