@@ -10,7 +10,6 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from .decoder import Embeddings, Tokens, decode_embeddings, new_grammar, tokeniz
 from .device import check_precision, check_threads, select_device
 from .encoder import PictureEncoder
 from .errors import BusyError, ContextOverflowError, OptionError
-from .grammar import json_schema_grammar
+from .openai_messages import read_conversation, response_grammar
 from .sources import read_address
-from .values import DEFAULT_MAX_TOKENS, Turn
+from .values import DEFAULT_MAX_TOKENS
 
 # llama-cpp-python goes on past max_tokens until a character of up to four tokens is complete.
 _SPARE = 3
@@ -100,7 +99,9 @@ class OmniVLMChatHandler:
         """What `Llama.create_chat_completion` calls: an OpenAI response, or its chunks."""
         if tools or functions:
             raise OptionError("OmniVLM cannot call tools: leave tools and functions out")
-        grammar = _response_grammar(response_format) or grammar
+        wanted_form = response_grammar(response_format)
+        if wanted_form is not None:
+            grammar = llama_cpp.LlamaGrammar.from_string(wanted_form, verbose=False)
         if grammar is not None:
             # llama-cpp-python would hand on one that llama.cpp refuses as a null pointer.
             llama_cpp.llama_sampler_free(new_grammar(grammar._grammar, llama._model.vocab))
@@ -128,7 +129,7 @@ class OmniVLMChatHandler:
         self._encoder.check_text_model(
             llama.model_path, llama_cpp.llama_model_n_embd_inp(llama.model)
         )
-        system, turns = _conversation(messages)
+        system, turns = read_conversation(messages)
         if prompts.takes_questions(self._variant) and not all(turn.question for turn in turns):
             raise OptionError("a user's message has no text: ask a question about the picture")
         parts = [
@@ -171,70 +172,6 @@ class OmniVLMChatHandler:
             yield from _without_header(llama, len(ids), chunks)
         finally:
             self._answering.release()
-
-
-def _conversation(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[Turn]]:
-    """OpenAI messages -> the system text, and turns whose pictures are addresses."""
-    system = None
-    turns: list[Turn] = []
-    for i, message in enumerate(messages):
-        match message:
-            case {"role": str(role), "content": content}:
-                text, urls = _read_content(f"messages[{i}]", role, content)
-            case _:
-                raise OptionError(f"messages[{i}] must have a role and content")
-        waiting = bool(turns) and turns[-1].answer is None
-        if role == "system" and i == 0:
-            system = text
-        elif role == "user" and not waiting:
-            turns.append(Turn(text, urls))
-        elif role == "assistant" and waiting:
-            turns[-1] = replace(turns[-1], answer=text)
-        else:
-            raise OptionError(
-                f"messages[{i}] cannot be of the role '{role}': a system message may come first, "
-                "then user and assistant take turns"
-            )
-    if not turns or turns[-1].answer is not None:
-        raise OptionError("the last message must be the user's")
-    return system, turns
-
-
-def _read_content(where: str, role: str, content: object) -> tuple[str, tuple[str, ...]]:
-    """A message's text and the addresses of its pictures."""
-    texts: list[str] = []
-    urls: list[str] = []
-    for part in content if isinstance(content, list | tuple) else [content]:
-        match part:
-            case str(text) | {"type": "text", "text": str(text)}:
-                texts.append(text)
-            case {"type": "image_url", "image_url": str(url) | {"url": str(url)}} if role == "user":
-                urls.append(url)
-            case _:
-                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-                raise OptionError(
-                    f"{where} has content of the type '{kind}', which cannot be used: it must be "
-                    "text or a list of text and, from a user, image_url parts"
-                )
-    return "\n".join(texts), tuple(urls)
-
-
-def _response_grammar(
-    response_format: Mapping[str, Any] | None,
-) -> llama_cpp.LlamaGrammar | None:
-    match response_format:
-        case None | {"type": "text"}:
-            return None
-        case {"type": "json_object"}:
-            schema = response_format.get("schema") or {"type": "object"}
-        case {"type": "json_schema", "json_schema": {"schema": schema}}:
-            pass
-        case _:
-            raise OptionError(
-                "response_format must be of the type text, json_object, or json_schema with a "
-                "schema in json_schema"
-            )
-    return llama_cpp.LlamaGrammar.from_string(json_schema_grammar(schema), verbose=False)
 
 
 def _row_ids(rows: Embeddings, n_vocab: int) -> Tokens:
