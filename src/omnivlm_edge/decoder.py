@@ -132,7 +132,7 @@ class TextDecoder:
         self._owned.insert(0, functools.partial(llama_cpp.llama_free, self._context))
         self.n_ctx: int = llama_cpp.llama_n_ctx(self._context)
         #: Positions that one sequence may take.
-        self.n_ctx_sequence = min(self.n_ctx, self.n_ctx_train)
+        self.n_ctx_sequence: int = min(self.n_ctx, self.n_ctx_train)
         # Others keep a state that cannot be cut to a beginning.
         self._shares = not (
             llama_cpp.llama_model_is_recurrent(self._model)

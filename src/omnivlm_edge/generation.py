@@ -1,7 +1,7 @@
 """One answer while it is made.
 
-It is given what it needs, a picture encoded, its prompt prefilled, a token decoded: by engine.py one
-answer at a time, by scheduler.py many in turn.
+It is given what it needs, a picture encoded, its prompt prefilled, a token decoded: by engine.py
+one answer at a time, by scheduler.py many at once.
 """
 
 from __future__ import annotations

@@ -69,15 +69,17 @@ _Undecoded: TypeAlias = (
 ImageSource: TypeAlias = "Picture | _Undecoded"
 
 
-def load_image(source: ImageSource, name: str | None = None) -> Picture:
+def load_image(
+    source: ImageSource, name: str | None = None, *, max_pixels: int | None = None
+) -> Picture:
     """Opens a picture as RGB: upright by its EXIF orientation, transparency on white, first frame.
 
     `source` is a path, the bytes of an image file, a binary file object, a Pillow image, a uint8
     array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or a Picture, which is returned as it is.
     `name` is what messages call it, if not by its path.
 
-    Raises ImageError when the file is absent, is no picture, is damaged, or is so large that
-    decoding it could exhaust the memory (Pillow's decompression-bomb limit).
+    Raises ImageError when the file is absent, is no picture, is damaged, or has so many pixels
+    that decoding it could exhaust the memory (`max_pixels`, or Pillow's decompression-bomb limit).
     """
     if isinstance(source, Picture):
         return source
@@ -96,6 +98,8 @@ def load_image(source: ImageSource, name: str | None = None) -> Picture:
                 image = Image.open(
                     opened, formats=[name for name in _FORMATS if name in Image.OPEN]
                 )
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise Image.DecompressionBombError
         turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
         upright = _to_rgb(ImageOps.exif_transpose(image))
         return Picture(upright, name, image.size, image.format, turned)

@@ -22,14 +22,16 @@ from .doctor import doctor
 from .imatrix import imatrix
 from .quantize import quantize
 from .run import run
+from .serve import serve
 from .store import ls, pull, rm, show
 
-ALIASES = {"list": "ls", "remove": "rm"}
+ALIASES = {"list": "ls", "remove": "rm", "server": "serve"}
 
 EPILOG = """\b
 Examples:
   omnivlm-edge run omnivision -i photo.jpg -p "What is in the picture?"
   omnivlm-edge run demo
+  omnivlm-edge serve omnivision
   omnivlm-edge quantize omnivision small --q4_k_m
   omnivlm-edge doctor
 
@@ -66,7 +68,21 @@ def cli() -> None:
 
 
 for command in (
-    *(run, pull, ls, show, rm, quantize, imatrix, compare, bench, convert, doctor, completion),
+    *(
+        run,
+        serve,
+        pull,
+        ls,
+        show,
+        rm,
+        quantize,
+        imatrix,
+        compare,
+        bench,
+        convert,
+        doctor,
+        completion,
+    ),
 ):
     cli.add_command(command)
 

@@ -1,0 +1,185 @@
+"""`omnivlm-edge serve`: OpenAI's interface, and a page, for one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import OmniVLMError
+from .options import (
+    consent,
+    model_argument,
+    note,
+    parse_size,
+    setting,
+    vision_precision_option,
+)
+
+if TYPE_CHECKING:
+    from ..engine import OmniVLM
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@click.command()
+@model_argument()
+@click.option(
+    "--mmproj", type=click.Path(path_type=Path), help="Vision file (GGUF), if not beside MODEL."
+)
+@setting("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: the network, too.")
+@setting("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any.")
+@setting("--api-key", help="Whoever asks must have it.")
+@setting(
+    "--parallel",
+    type=click.IntRange(1, 64),
+    default=8,
+    show_default=True,
+    help="Answers generated at the same time.",
+)
+@setting(
+    "--queue",
+    type=click.IntRange(0, 4096),
+    default=32,
+    show_default=True,
+    help="Answers that may wait; more are refused (503).",
+)
+@setting(
+    "--request-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300,
+    show_default=True,
+    help="Seconds that an answer may take.",
+)
+@setting(
+    "-c",
+    "--ctx-size",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Positions that all running answers share.",
+)
+@setting("-t", "--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: all cores]")
+@setting("--device", default="auto", show_default=True, help="auto, cpu, cuda, metal, vulkan, …")
+@setting(
+    "-ngl",
+    "--n-gpu-layers",
+    type=click.IntRange(min=0),
+    help="Layers of the text model on the GPU.  [default: all]",
+)
+@vision_precision_option()
+@setting(
+    "--low-memory", is_flag=True, help="Expand weights only while they are used: smaller, slower."
+)
+@setting(
+    "--max-ram",
+    metavar="SIZE",
+    callback=parse_size,
+    help="Refuse a model that needs more memory, such as 900M or 1.5G, before it is loaded.",
+)
+@setting("--no-mmproj-offload", is_flag=True, help="Encode pictures on the CPU.")
+@setting("--preload", is_flag=True, help="Open the port when the model is there, not before.")
+@setting(
+    "--sleep-idle-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Free the model after so long without a request; the next one loads it again.",
+)
+@setting("--allow-urls", is_flag=True, help="Fetch pictures from public http(s) addresses.")
+@setting(
+    "--media-path",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Read pictures with file:// addresses below this directory.",
+)
+@setting(
+    "--cors-origin", "origins", multiple=True, help="Let pages of this origin ask. May be repeated."
+)
+@setting("--log-content", is_flag=True, help="Write questions and answers into the log, too.")
+@setting("--offline", is_flag=True, help="Download no models.")
+@click.option("-y", "--yes", is_flag=True, help="Make here, once, what is not published.")
+def serve(
+    model: str,
+    mmproj: Path | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    parallel: int,
+    queue: int,
+    request_timeout: float,
+    ctx_size: int,
+    threads: int | None,
+    device: str,
+    n_gpu_layers: int | None,
+    vision_precision: str,
+    low_memory: bool,
+    max_ram: int | None,
+    no_mmproj_offload: bool,
+    preload: bool,
+    sleep_idle_seconds: float | None,
+    allow_urls: bool,
+    media_path: Path | None,
+    origins: tuple[str, ...],
+    log_content: bool,
+    offline: bool,
+    yes: bool,
+) -> None:
+    """Answer over HTTP, as OpenAI's API does, and on a page for people.
+
+    Several at once share the model. The log is JSON, a line for each request, on stderr.
+    """
+    try:
+        from ..server.app import Settings
+        from ..server.gate import GateRules
+        from ..server.pictures import PictureRules
+        from ..server.process import serve as serve_model
+    except ModuleNotFoundError as exc:
+        if (exc.name or "").startswith("omnivlm_edge"):
+            raise
+        raise OmniVLMError(
+            f'serving needs the package {exc.name}: pip install "omnivlm-edge[server]"'
+        ) from exc
+    from ..engine import OmniVLM
+    from ..models import find_model
+
+    files = find_model(model, mmproj, offline=offline, consent=consent(yes), notify=note)
+
+    def load() -> OmniVLM:
+        return OmniVLM(
+            files.text,
+            files.mmproj,
+            variant=files.variant,
+            device=device,
+            n_ctx=ctx_size,
+            n_sequences=parallel,
+            n_threads=threads,
+            n_gpu_layers=n_gpu_layers,
+            mmproj_offload=not no_mmproj_offload,
+            vision_precision=vision_precision,
+            low_memory=low_memory,
+            max_ram=max_ram,
+            disk_cache=False,
+        )
+
+    settings = Settings(
+        name=Path(model).name,
+        n_parallel=parallel,
+        seconds=request_timeout,
+        gate=GateRules(
+            api_key=api_key,
+            hosts=(*LOOPBACK, "[::1]") if host in LOOPBACK else (),
+            max_requests=parallel + queue,
+        ),
+        pictures=PictureRules(allow_urls=allow_urls, media_path=media_path),
+        origins=origins,
+        log_content=log_content,
+    )
+    serve_model(
+        load,
+        settings,
+        host=host,
+        port=port,
+        n_queue=queue,
+        sleep_after=sleep_idle_seconds,
+        preload=preload,
+        announce=lambda address: note(f"Listening on {address} (Ctrl-C ends)"),
+    )

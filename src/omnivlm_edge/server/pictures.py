@@ -1,0 +1,86 @@
+"""The addresses in a request -> decoded pictures, within what the server was allowed to read."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from ..errors import ImageError
+from ..image import Pixels, load_image, preprocess, shorten
+from ..sources import MAX_BYTES, decode_data_uri, fetch_url
+
+MAX_PIXELS = 64_000_000  # of a picture, 192 MB while it is decoded
+
+
+@dataclass(frozen=True)
+class PictureRules:
+    """Where pictures may come from, beside `data:` URIs.
+
+    `allow_urls`: http(s) addresses, public ones; `media_path`: files below this directory.
+    """
+
+    allow_urls: bool = False
+    media_path: Path | None = None
+
+
+def read_bytes(address: str, rules: PictureRules) -> bytes:
+    """What is at a `data:` URI, or at an address that the rules allow. Raises ImageError."""
+    scheme = _scheme(address)
+    if scheme == "data":
+        return decode_data_uri(address)
+    if scheme in ("http", "https"):
+        if not rules.allow_urls:
+            raise ImageError(
+                f"{shorten(address)}: this server fetches no addresses; send the picture as a "
+                "data: URI, or start the server with --allow-urls"
+            )
+        return fetch_url(address)
+    if scheme == "file":
+        if rules.media_path is None:
+            raise ImageError(
+                f"{shorten(address)}: this server reads no files; send the picture as a data: URI, "
+                "or start the server with --media-path"
+            )
+        return _read_file(address, rules.media_path)
+    raise ImageError(
+        f"{shorten(address)}: is no address of a picture; send a data: URI with base64"
+    )
+
+
+def decode(data: bytes, address: str, size: int) -> Pixels:
+    """What was at an address -> the square that the model sees.
+
+    Raises ImageError, also for a picture of more than MAX_PIXELS.
+    """
+    name = shorten(address.partition(",")[0] if _scheme(address) == "data" else address)
+    return preprocess(load_image(data, name, max_pixels=MAX_PIXELS), size)
+
+
+def _read_file(address: str, media_path: Path) -> bytes:
+    """A file below the media path, whether it is written with its whole path or from there on."""
+    # One message for all cases: nobody may find out which files there are elsewhere.
+    refusal = ImageError(f"{shorten(address)}: is no file below the server's --media-path")
+    root = media_path.resolve()
+    try:
+        parts = urlsplit(address)
+        path = (root / unquote(parts.netloc + parts.path)).resolve(strict=True)
+        if not path.is_relative_to(root):
+            raise refusal
+        # The resolved path has no links in it; and what is no regular file must not be waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (OSError, ValueError, RuntimeError):  # the latter: a loop of links
+        raise refusal from None
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise refusal
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"{shorten(address)}: is larger than {MAX_BYTES >> 20} MiB; shrink it")
+    return data
+
+
+def _scheme(address: str) -> str:
+    return address[:16].partition(":")[0].lower()
