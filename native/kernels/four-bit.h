@@ -19,6 +19,9 @@ template <class Dot> struct FourBit {
     using Vector  = typename Dot::Vector;
     using Operand = typename Dot::Operand;
 
+    using Eight     = float __attribute__((vector_size(32)));
+    using EightInts = int32_t __attribute__((vector_size(32)));
+
     // What a block of the rows looks like.
     struct Rows {
         const char *    values;  // [n_rows][32]
@@ -36,26 +39,34 @@ template <class Dot> struct FourBit {
 
     static void write_row(const FourBitTask & task, const float * x, int64_t r) {
         for (int64_t b = 0; b < task.n_blocks; b++, x += FOUR_BIT_BLOCK) {
-            float most   = 0.0F;
-            float poison = 0.0F;  // NaN if any value is no number
-            for (int i = 0; i < FOUR_BIT_BLOCK; i++) {
-                const float size = __builtin_fabsf(x[i]);
-                most             = size > most ? size : most;
-                poison += x[i] * 0.0F;
+            Eight most   = {};
+            Eight poison = {};  // NaN if any value is no number
+            for (int i = 0; i < FOUR_BIT_BLOCK; i += 8) {
+                Eight values;
+                __builtin_memcpy(&values, x + i, sizeof(values));
+                const auto size = (Eight)((EightInts)values & 0x7fffffff);
+                most            = size > most ? size : most;
+                poison += values * 0.0F;
             }
-            const float scale   = most / 127.0F;
-            const float inverse = most > 0.0F && poison == 0.0F ? 127.0F / most : 0.0F;
+            float largest = 0.0F;
+            float nothing = 0.0F;
+            for (int lane = 0; lane < 8; lane++) {
+                largest = most[lane] > largest ? most[lane] : largest;
+                nothing += poison[lane];
+            }
+            const float scale   = largest / 127.0F + nothing;
+            const float inverse = largest > 0.0F && nothing == 0.0F ? 127.0F / largest : 0.0F;
             const Rows  rows    = rows_of(task, b);
             auto *      q       = reinterpret_cast<int8_t *>(const_cast<char *>(rows.values)) + r * FOUR_BIT_BLOCK;
             int32_t     sum     = 0;
             for (int i = 0; i < FOUR_BIT_BLOCK; i++) {
-                const auto value = static_cast<int32_t>(__builtin_rintf(poison == 0.0F ? x[i] * inverse : 0.0F));
+                const auto value = static_cast<int32_t>(__builtin_rintf(nothing == 0.0F ? x[i] * inverse : 0.0F));
                 q[i]             = static_cast<int8_t>(value);
                 sum += value;
             }
-            const_cast<float *>(rows.scale)[r]   = scale + poison;
+            const_cast<float *>(rows.scale)[r]   = scale;
             const_cast<int32_t *>(rows.start)[r] = -task.zero * sum;
-            const_cast<float *>(rows.sum)[r]     = (scale + poison) * static_cast<float>(sum);
+            const_cast<float *>(rows.sum)[r]     = scale * static_cast<float>(sum);
         }
     }
 
