@@ -188,7 +188,9 @@ def test_compare_and_plot(jsonl: Path, record: dict[str, Any], tmp_path: Path) -
     plot = tmp_path / "plot.png"
     shown = run(*QUICK, "-p", "Is there a duck?", "--compare", jsonl, "--plot", plot)
     assert (shown.returncode, shown.stderr) == (0, "")
-    lines = shown.stdout.splitlines()
+    now, comparison = shown.stdout.split("\n\nCPU, precision ", 1)
+    assert "| min ms |" in now.splitlines()[0] and "peak memory" in now
+    lines = ("CPU, precision " + comparison).splitlines()
     assert lines[2].split()[1:8:2] == ["median", "before", "now", "change"]
     assert [line.split("|")[1].strip() for line in lines[4:13]] == [
         *(f"{stage.replace('_', ' ')} ms" for stage in bench.STAGES),

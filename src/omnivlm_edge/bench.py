@@ -437,16 +437,21 @@ def describe_case(record: Record) -> str:
 def read_records(path: Path) -> list[Record]:
     """The records in a file of JSON or JSON lines. Raises OptionError for anything else."""
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig").strip()
     except (OSError, ValueError) as exc:
         raise OptionError(f"{path}: cannot be read ({getattr(exc, 'strerror', exc)})") from exc
     try:
-        found = json.loads(text) if text[:1] == "[" else list(map(json.loads, text.splitlines()))
+        lines = filter(str.strip, text.splitlines())
+        found = json.loads(text) if text[:1] == "[" else list(map(json.loads, lines))
         records = [record for record in found if record["stages"]]
         for record in records:
-            _key(record), peak_memory(record), record["model_size"] + record["mmproj_size"]
-            [(row["test"], row["median_ns"] + 0) for row in record["stages"]]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+            _key(record), (peak_memory(record) or 0) / 1e6
+            (record["model_size"] + record["mmproj_size"]) / 1e6
+            {row["test"]: row["median_ns"] / 1e6 for row in record["stages"]}
+    except (
+        *(ArithmeticError, AttributeError, LookupError),
+        *(RecursionError, TypeError, ValueError),
+    ) as exc:
         raise OptionError(f"{path}: holds no records of `bench -o json` or jsonl") from exc
     if not records:
         raise OptionError(f"{path}: holds no record of a case that was measured")

@@ -184,14 +184,14 @@ def _measure(cases: list[Case]) -> tuple[list[Record], int]:
 
 
 def _show(records: list[Record], output: str, before: list[Record]) -> None:
-    """Results on stdout; errors, and a comparison that would not fit in there, on stderr."""
+    """Results on stdout, a comparison below; errors, and one beside JSON or CSV, on stderr."""
     from ..bench import describe_case
     from .bench_tables import comparison, render
 
     for record in records:
         if record["error"]:
             note(f"Error: {describe_case(record)}: {record['error']}")
-    if output != "md" or not before:
-        click.echo(render(records, output), nl=False)
+    click.echo(render(records, output), nl=False)
     if before:
+        click.echo(err=output != "md")
         click.echo(comparison(records, before), nl=False, err=output != "md")

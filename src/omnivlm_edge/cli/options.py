@@ -32,10 +32,10 @@ def parse_size(_: click.Context, parameter: click.Parameter, text: str | None) -
     if text is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg]?)b?", text.strip(), re.I)
-    size = int(float(found[1]) * 1000 ** " kmg".index(found[2].lower() or " ")) if found else 0
-    if size == 0:
+    size = float(found[1]) * 1000 ** " kmg".index(found[2].lower() or " ") if found else 0
+    if not 1 <= size < 2**63:
         raise click.BadParameter(f"{text} is no size such as 900M or 1.5G", param=parameter)
-    return size
+    return int(size)
 
 
 def vision_precision_option() -> Decorator:
