@@ -65,7 +65,7 @@ def main(model_dir: Path, text: Path | None, steps: int, rounds: int, threads: i
     }
     record = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(Path(__file__)),
+        "commit": commit(),
         "machine": describe_machine(),
         "llama_cpp_python": version("llama-cpp-python"),
         "threads": threads,

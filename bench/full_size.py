@@ -45,7 +45,7 @@ def main(model_dir: Path, repeats: int, threads: int | None, device: str) -> Non
         mmproj = model_dir / layout / "mmproj-synthetic-F16.gguf"
         record = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": commit(Path(__file__)),
+            "commit": commit(),
             "machine": describe_machine(),
             "llama_cpp_python": version("llama-cpp-python"),
             "layout": layout,

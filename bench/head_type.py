@@ -49,7 +49,7 @@ def main(scratch: Path, images: str, recipe: str, types: str) -> None:
         record = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": f"bench/head_type.py SCRATCH --images exam --recipe {recipe}",
-            "commit": commit(Path(__file__)),
+            "commit": commit(),
             "machine": describe_machine(),
             "llama_cpp_python": version("llama-cpp-python"),
             "model": source.stem,

@@ -45,7 +45,7 @@ def main(exam: Path, questions: int) -> None:
             steps, drafted, accepted = map(sum, zip(*counts, strict=True))
             record = {
                 "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "commit": commit(Path(__file__)),
+                "commit": commit(),
                 "machine": describe_machine(),
                 "model": "demo-F16",
                 "answers": kind,

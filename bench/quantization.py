@@ -74,7 +74,7 @@ def main(
     ):
         record = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": commit(Path(__file__)),
+            "commit": commit(),
             "machine": describe_machine(),
             "llama_cpp_python": version("llama-cpp-python"),
             "threads": threads,

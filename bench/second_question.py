@@ -57,7 +57,7 @@ def main(model_dir: Path, repeats: int, threads: int | None, device: str) -> Non
             answers[case].append(answer)
     record = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(Path(__file__)),
+        "commit": commit(),
         "machine": describe_machine(),
         "llama_cpp_python": version("llama-cpp-python"),
         "device": device,

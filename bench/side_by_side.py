@@ -83,7 +83,7 @@ def main(
     for count in counts:
         about = {
             "run": run,
-            "commit": commit(Path(__file__)),
+            "commit": commit(),
             "machine": describe_machine(),
             "threads": count,
             "repeats": repeats,

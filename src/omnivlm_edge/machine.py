@@ -73,12 +73,12 @@ def parse_nvpmodel(text: str) -> str | None:
     return found[1].strip() if found else None
 
 
-def commit(file: Path = Path(__file__)) -> str | None:
-    """`git describe` of our checkout that a file (this package) lies in; None if it is in none."""
-    for directory in file.resolve().parents:
-        if (directory / ".git").exists() and (directory / "src" / "omnivlm_edge").is_dir():
-            return _output("git", "-C", str(directory), "describe", "--always", "--dirty") or None
-    return None
+def commit(package: Path = Path(__file__).parent) -> str | None:
+    """What the installed package was built from, `-dirty` with changes; None where nobody knows.
+
+    CMake writes it down. Nobody knows that of an editable installation.
+    """
+    return _read(package / "commit.txt").strip() or None
 
 
 def peak_bandwidth(n_threads: int) -> float:
