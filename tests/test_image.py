@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pillow_heif
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from omnivlm_edge import ImageError
-from omnivlm_edge.image import Picture, load_image, normalise, resize
+from omnivlm_edge.image import Picture, load_image, normalise, preprocess, resize, shrink
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -48,6 +48,25 @@ def test_every_kind_of_source_gives_the_same_pixels(
             assert loaded.format == (None if source is picture else format)
             assert load_image(loaded) is loaded
     assert np.array_equal(np.asarray(load_image(want).image), want)
+
+
+def test_shrinking_changes_nothing_that_a_model_sees(picture: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    loaded = load_image(encoded(picture, "PNG", exif=exif))
+    small = shrink(loaded, 84)
+    assert small.image.size == (84, 84)
+    assert (small.original_size, small.format, small.turned) == ((130, 90), "PNG", True)
+    assert np.array_equal(preprocess(small, 84).data, preprocess(loaded, 84).data)
+    assert preprocess(small, 84).seconds > small.seconds > 0
+
+
+def test_the_caller_s_picture_stays_as_it_is(picture: Image.Image) -> None:
+    picture.getexif()[ExifTags.Base.Orientation] = 6
+    loaded = load_image(picture)
+    assert (loaded.turned, loaded.image.size, picture.size) == (True, (90, 130), (130, 90))
+    loaded.image.paste("black", (0, 0, 90, 130))
+    assert picture.getpixel((1, 1)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "AVIF", "HEIF"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -15,7 +17,8 @@ import reference
 import tiny_gguf
 from command import COMMAND
 from omnivlm_edge import DeviceError, ModelFileError, OmniVLM, OptionError, _native
-from omnivlm_edge.memory import memory_needed
+from omnivlm_edge.gguf_header import Header, TensorInfo
+from omnivlm_edge.memory import check_budget, memory_needed
 from omnivlm_edge.model_file import inspect_file
 from omnivlm_edge.models import find_model
 from tiny_gguf import VisionShape
@@ -217,7 +220,7 @@ def test_a_budget_is_checked_before_anything_is_loaded(tiny_model: Path) -> None
     needed = memory_needed(text, vision, 2048)
     OmniVLM(tiny_model, max_ram=needed, disk_cache=False).close()
     lean = memory_needed(text, vision, 2048, low_memory=True)
-    with pytest.raises(OptionError, match=r"more than the 0\.\d\d GB allowed: take low_memory"):
+    with pytest.raises(OptionError, match=r"more than the \d+ MB allowed: .*--low-memory \(\d+ MB"):
         OmniVLM(tiny_model, max_ram=max(lean, needed - 1))
     with pytest.raises(OptionError, match="the least that it can do with is"):
         OmniVLM(tiny_model, max_ram=1000)
@@ -225,10 +228,71 @@ def test_a_budget_is_checked_before_anything_is_loaded(tiny_model: Path) -> None
         OmniVLM(tiny_model, max_ram="1G")
 
 
+def test_every_choice_that_fits_is_named(tiny_model: Path) -> None:
+    files = find_model(tiny_model)
+    text, vision = inspect_file(files.text), inspect_file(files.mmproj)
+    text = replace(text, size=2_000_000_000, header=many_parameters(text.header, 500_000_000))
+    vision = replace(vision, header=many_parameters(vision.header, 450_000_000))
+    check = partial(check_budget, n_sequences=1, precision="f32", low_memory=False, on_cpu=True)
+    with pytest.raises(OptionError) as refused:
+        check(2_700_000_000, text, vision, 2048)
+    for choice in (
+        "--vision-precision int8 (",
+        "--low-memory (",
+        "`omnivlm-edge quantize … --q4_k_m` (",
+    ):
+        assert choice in str(refused.value)
+    with pytest.raises(OptionError) as refused:
+        check(2_300_000_000, text, vision, 2048)
+    assert "fits: --low-memory (" in str(refused.value)
+    assert "more than the 2,300 MB allowed" in str(refused.value)
+
+
+def test_what_is_counted(tiny_model: Path) -> None:
+    """The estimates at the published sizes are no less than what was measured, nor far above."""
+    files = find_model(tiny_model)
+    text, vision = inspect_file(files.text), inspect_file(files.mmproj)
+    numbers = {"block_count": 24, "embedding_length": 896, "feed_forward_length": 4864}
+    numbers |= {"attention.head_count": 14, "attention.head_count_kv": 2, "context_length": 32768}
+    seen = {"image_size": 384, "patch_size": 14, "embedding_length": 1152}
+    vision = replace(
+        vision,
+        header=Header(
+            {"general.architecture": "clip"} | {f"clip.vision.{k}": v for k, v in seen.items()},
+            [TensorInfo("v.blk.0.ffn_up.weight", (1152, 4304), 0, 0)]
+            + [TensorInfo("rest", (459_129_584 - 1152 * 4304,), 0, 0)],
+        ),
+    )
+    for size, low_memory, measured in (
+        (993_891_104, False, 1_719),  # F16: with a photograph of 4032 x 3024 that is turned
+        (993_891_104, True, 1_205),
+        (286_574_528, False, 1_031),  # Q4_K_M
+        (286_574_528, True, 545),
+        (283_822_016, False, 1_075),  # IQ4_NL
+    ):
+        text = replace(
+            text,
+            size=size,
+            header=Header(
+                {"general.architecture": "qwen2"} | {f"qwen2.{k}": v for k, v in numbers.items()},
+                [
+                    TensorInfo("token_embd.weight", (896, 151_936), 0, 0),
+                    TensorInfo("rest", (494_032_768 - 896 * 151_936,), 0, 0),
+                ],
+            ),
+        )
+        needed = memory_needed(text, vision, 2048, precision="int8", low_memory=low_memory)
+        assert measured <= needed / 1e6 < measured + 100
+
+
+def many_parameters(header: Header, count: int) -> Header:
+    return replace(header, tensors=[*header.tensors, TensorInfo("more", (count,), 0, 0)])
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--max-ram", "10M"], 1, "more than the 0.01 GB allowed"),
+        (["--max-ram", "10M"], 1, "more than the 10 MB allowed"),
         (["--max-ram", "much"], 2, "much is no size such as 900M or 1.5G"),
         (["--vision-precision", "int4"], 2, "'int4' is not one of 'auto', 'int8'"),
         (["--max-ram", "2.5GB", "--low-memory", "--vision-precision", "bf16"], 0, ""),

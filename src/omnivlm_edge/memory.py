@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import re
 import resource
 import struct
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +17,15 @@ from ._native import cpu_precision
 from .errors import DeviceError, OptionError
 from .model_file import ModelFile
 
-# What a run takes besides the weights and the key-value cache: Python, the libraries, the
-# vocabulary and the activations. Measured with files of the published sizes on a CPU, at the peak.
-ALLOWANCE = 145_000_000
+# What a run takes besides the weights and the key-value cache, in bytes; measured at the peak, on a
+# CPU, with files of the published sizes and the demo's.
+_PROGRAM = 80_000_000  # Python and the libraries
+_WORD = 350  # of the vocabulary, with the merges that make it
+_COPIES = 25_000_000  # of a quantized text model: what is rearranged and read in the file as well
+_BATCH = 256  # positions computed at once
+PICTURE_PIXELS = 12_200_000  # a phone's 4032 x 3024; two copies while it is turned
+_PIXEL = 4
+ALLOWANCE = 280_000_000  # all of it together, at the published sizes
 
 # Memory of a packed vision weight. `ggml` uses the file as it is.
 _BYTES_PER_WEIGHT = {"int8": 1.03, "int8-fast": 1.01, "int8-block32": 1.26, "bf16": 2.0, "f32": 4.0}
@@ -35,17 +43,37 @@ def memory_needed(
     low_memory: bool = False,
     on_cpu: bool = True,
 ) -> int:
-    """Bytes that a model takes: weights, key-value cache (F16) and the allowance for the rest.
+    """Bytes that a model takes at most: weights, key-value cache (F16) and what runs beside them.
 
-    `precision`, `low_memory` and `on_cpu` say how pictures are encoded. Raises ModelFileError when
-    the text model's header lacks its dimensions.
+    That is the program, the vocabulary, what is computed, and the decoding of one picture of
+    PICTURE_PIXELS; larger ones take more. `precision`, `low_memory` and `on_cpu` say how pictures
+    are encoded. Raises ModelFileError when a header lacks the dimensions.
     """
     n_ctx = min(n_ctx, text.number("context_length") * n_sequences)
     head = text.width // text.number("attention.head_count")
     kv_width = head * text.number("attention.head_count_kv")
     cache = 2 * 2 * text.number("block_count") * kv_width * n_ctx  # keys and values, 2 bytes each
     pictures = _vision_memory(vision, precision, low_memory, on_cpu)
-    return text.size + pictures + cache + ALLOWANCE
+    quantized = text.size < text.parameters * 1.5
+    copies = 0 if low_memory or not quantized else _COPIES
+    return text.size + pictures + cache + copies + memory_beside(text, vision)
+
+
+def memory_beside(text: ModelFile, vision: ModelFile) -> int:
+    """Bytes besides the weights and the key-value cache."""
+    words = max(shape[1] for shape in _shapes(text, "token_embd.weight"))
+    n_patches = (vision.number("image_size") // vision.number("patch_size")) ** 2
+    hidden = max(shape[1] for shape in _shapes(vision, "v.blk.0.ffn"))
+    seen = n_patches * (hidden + 4 * vision.number("embedding_length"))
+    read = _BATCH * (2 * text.number("feed_forward_length") + 4 * text.width)
+    computed = 4 * (seen + read)  # float32
+    return _PROGRAM + _WORD * words + computed + 2 * _PIXEL * PICTURE_PIXELS
+
+
+def _shapes(file: ModelFile, prefix: str) -> list[Sequence[int]]:
+    """Those of a file's matrices whose names begin so."""
+    tensors = [tensor for tensor in file.header.tensors if tensor.name.startswith(prefix)]
+    return [tensor.shape for tensor in tensors if len(tensor.shape) == 2] or [(0, 0)]
 
 
 def _vision_memory(vision: ModelFile, precision: str, low_memory: bool, on_cpu: bool) -> int:
@@ -73,29 +101,45 @@ def check_budget(
     if needed <= budget:
         return
     saved = max(0, text.size - round(text.parameters * _SMALL_BYTES_PER_WEIGHT))
+    precise = precision, low_memory
+    int8, lean = ("int8", low_memory), ("int8", True)
     others = [
-        ("vision precision int8", need(precision="int8", low_memory=low_memory)),
-        ("low_memory (--low-memory)", need(precision=precision, low_memory=True)),
-        ("its q4_k_m build", need(precision=precision, low_memory=low_memory) - saved),
-        ("its q4_k_m build and low_memory", need(precision=precision, low_memory=True) - saved),
+        ("--vision-precision int8", int8, False),
+        ("--low-memory", lean, False),
+        (_QUANTIZE, precise, True),
+        (f"{_QUANTIZE}, and --vision-precision int8", int8, True),
+        (f"{_QUANTIZE}, and --low-memory", lean, True),
     ]
-    fitting = [f"{what} (about {_gb(size)})" for what, size in others if size <= budget]
-    least = min(size for _, size in others)
-    advice = f"take {fitting[0]}" if fitting else f"the least that it can do with is {_gb(least)}"
+    sizes: dict[str, int] = {}
+    for advice, (how, leaner), smaller in others:
+        size = need(precision=how, low_memory=leaner) - saved * smaller
+        if size < needed and size not in sizes.values():  # else it changes nothing
+            sizes[advice] = size
+    fitting = [f"{advice} ({_mb(size)})" for advice, size in sizes.items() if size <= budget]
+    least = min([needed, *sizes.values()])
+    what = f"the least that it can do with is {_mb(least)}"
+    if fitting:
+        what = f"what fits: {'; or '.join(fitting)}"
     raise OptionError(
-        f"the model needs about {_gb(needed)}, more than the {_gb(budget)} allowed: {advice}"
+        f"the model needs about {_mb(needed)}, more than the {_mb(budget, math.floor)} allowed: "
+        f"{what}"
     )
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+_QUANTIZE = "files made by `omnivlm-edge quantize … --q4_k_m`"
+
+
+def _mb(size: int, to_whole: Callable[[float], int] = math.ceil) -> str:
+    """In MB below 10 GB; a need is rounded up."""
+    whole = to_whole(size / 1e6)
+    return f"{whole:,} MB" if whole < 10_000 else f"{to_whole(size / 1e8) / 10:,.1f} GB"
 
 
 def check_fits(needed: int, total: int, place: str) -> None:
     """Raises DeviceError when a memory of `total` bytes is smaller than what is needed."""
     if needed > total:
         raise DeviceError(
-            f"the model needs about {needed / 1e9:.1f} GB, and {place} has {total / 1e9:.1f} GB in "
+            f"the model needs about {_mb(needed)}, and {place} has {_mb(total, math.floor)} in "
             "all: take a smaller quantization"
         )
 

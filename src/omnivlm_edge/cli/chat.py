@@ -112,9 +112,11 @@ class ChatLoop:
             self._output.answer(self._engine, stream, self._options)
 
     def _read(self, source: str) -> list[Picture]:
+        from ..image import shrink
         from ..sources import read_sources
 
-        return read_sources(source, allow_private=self._allow_private)
+        pictures = read_sources(source, allow_private=self._allow_private)
+        return [shrink(picture, self._engine.image_size) for picture in pictures]
 
     def _load(self, pictures: Sequence[Picture]) -> None:
         self._chat.add_images(*pictures)

@@ -121,7 +121,8 @@ DEFAULTS = GenerateOptions()
     "--max-ram",
     metavar="SIZE",
     callback=parse_size,
-    help="Refuse a model that needs more memory, such as 900M or 1.5G, before it is loaded.",
+    help="Refuse a model that may need more memory, such as 900M or 1.5G, before it is loaded. A "
+    "picture of up to 12 megapixels is counted.",
 )
 @setting("--no-mmproj-offload", is_flag=True, help="Encode pictures on the CPU.")
 @setting("--no-cache", is_flag=True, help="Keep no pictures, prompts, hashes and lines on disk.")
@@ -198,11 +199,16 @@ def run(
     ]
 
     from ..engine import OmniVLM
+    from ..image import shrink
+    from ..model_file import inspect_file
     from ..models import find_model
 
     files = find_model(
         model, mmproj, offline=offline, consent=consent(yes), make_vision=yes, notify=note
     )
+    # What the model will not see takes no memory beside it.
+    size = inspect_file(files.mmproj).number("image_size")
+    pictures = [shrink(picture, size) for picture in pictures]
     with OmniVLM(
         files.text,
         files.mmproj,
