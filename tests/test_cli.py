@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import shlex
 import signal
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 
 from command import COMMAND, run
+from omnivlm_edge import cli as commands
 from tiny_checkpoint import write_checkpoint
 
 CUT = "(cut off after {} tokens: see -n)\n"
@@ -374,6 +376,22 @@ def test_results_that_cannot_be_written(arguments: list[str]) -> None:
         result = subprocess.run([*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE)
     assert result.returncode == 1
     assert result.stderr == b"Error: the output cannot be written (No space left on device)\n"
+
+
+def test_a_file_that_fails_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: object) -> None:
+        raise PermissionError(13, "Permission denied", "model.gguf")
+
+    monkeypatch.setattr(commands.cli, "main", fail)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        commands.main()
+    assert end.value.code == 1
+    error = capsys.readouterr().err
+    assert error == "Error: model.gguf: cannot be read or written (Permission denied)\n"
 
 
 def test_reader_that_has_enough(tiny_model: Path, image: Path) -> None:

@@ -88,6 +88,7 @@ def test_files_of_no_use_are_named_when_there_is_nothing_else(tmp_path: Path) ->
     ) as caught:
         find_model(tmp_path)
     assert "llava.gguf: is a clip file with projector type 'mlp'" in str(caught.value)
+    assert "give the file itself" not in str(caught.value)  # each reason has its own advice
 
 
 def test_a_path_wins_only_if_written_as_one(

@@ -272,7 +272,8 @@ def _rebuild(cmake_args: str) -> str:
     return (
         f'CMAKE_ARGS="{cmake_args}" pip install --force-reinstall --no-deps --no-cache-dir '
         f"--no-binary llama-cpp-python {llama}; then, in the source of omnivlm-edge, "
-        f"pip install --force-reinstall --no-deps . "
+        "pip install scikit-build-core nanobind cmake ninja and "
+        "pip install --force-reinstall --no-deps --no-build-isolation . "
         f'(after make instead of both: rm -rf .venv; CMAKE_ARGS="{cmake_args}" make demo)'
     )
 

@@ -59,7 +59,8 @@ class OmniVLM:
             `int8` where the CPU has instructions for it. GPUs compute in the file's own types.
         low_memory: keeps the vision weights as they are in the file and expands them layer by
             layer for every picture, and makes no faster copies of the text model's.
-        max_ram: bytes that may be used; a model that needs more is refused before it is loaded.
+        max_ram: bytes that may be used; a model that may need more is refused before it is loaded.
+            Counted are weights, context, program and one picture of 12 megapixels.
         disk_cache: whether encoded pictures, the beginnings of prompts and the files' hashes are
             kept on disk, for other processes too.
         collector: is shown every matrix product of both models (see `imatrix.collect`).
@@ -92,6 +93,13 @@ class OmniVLM:
         threads = check_threads(n_threads)
         if n_gpu_layers is not None:
             _check_whole("n_gpu_layers", n_gpu_layers, 0)
+        for name, value in (
+            ("mmproj_offload", mmproj_offload),
+            ("low_memory", low_memory),
+            ("disk_cache", disk_cache),
+        ):
+            if not isinstance(value, bool):
+                raise OptionError(f"{name} is {value!r}: it must be True or False")
         files = find_model(model, mmproj, variant)
         check_precision(vision_precision)
         chosen = select_device(device)

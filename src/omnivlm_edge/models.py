@@ -39,8 +39,12 @@ def find_model(
         name = os.fsdecode(model)
     except TypeError as exc:
         raise OptionError(f"model is {model!r}: it must be a name or a path") from exc
+    try:
+        mmproj = None if mmproj is None else Path(os.fsdecode(mmproj))
+    except TypeError as exc:
+        raise OptionError(f"mmproj is {mmproj!r}: it must be a path") from exc
     reference = parse_reference(name) if isinstance(model, str) else None
-    if mmproj is not None and not Path(mmproj).exists():
+    if mmproj is not None and not mmproj.exists():
         raise ModelFileError(f"{mmproj}: there is no such file; check the path of the mmproj")
     if reference is not None:
         files = resolve(
@@ -54,10 +58,10 @@ def find_model(
                 "a directory with a text model and its mmproj, a text model's file, "
                 "demo, omnivision or hf:USER/REPO"
             )
-        files = _find_local(path, None if mmproj is None else Path(mmproj))
+        files = _find_local(path, mmproj)
     return replace(
         files,
-        mmproj=files.mmproj if mmproj is None else Path(mmproj),
+        mmproj=files.mmproj if mmproj is None else mmproj,
         variant=files.variant if variant is None else variant,
     )
 
@@ -92,7 +96,8 @@ def _only(
     if len(files) == 1:
         return files[0]
     if not files:
-        reasons = "".join(f"; {problem}" for problem in problems)
-        raise ModelFileError(f"{directory}: holds no {what} (a GGUF file); {advice}{reasons}")
+        if problems:  # each says what to do
+            raise ModelFileError(f"{directory}: holds no usable {what}; {'; '.join(problems)}")
+        raise ModelFileError(f"{directory}: holds no {what} (a GGUF file); {advice}")
     names = ", ".join(file.path.name for file in files)
     raise ModelFileError(f"{directory}: holds several files for {what} ({names}); {advice}")

@@ -112,7 +112,10 @@ def _outcome() -> int:
         code = 1
     except OSError as exc:
         if not isinstance(exc, BrokenPipeError):  # a reader that has enough is no error to tell
-            click.echo(f"Error: the output cannot be written ({exc.strerror})", err=True)
+            what = "the output cannot be written"
+            if exc.filename is not None:
+                what = f"{os.fsdecode(exc.filename)}: cannot be read or written"
+            click.echo(f"Error: {what} ({exc.strerror})", err=True)
         # Python would try once more to write what is left when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 1
