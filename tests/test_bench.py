@@ -22,11 +22,13 @@ import numpy as np
 import pexpect
 import psutil
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from command import COMMAND, run
-from omnivlm_edge import DeviceError, OmniVLM, OptionError, bench, machine, memory, power
+from omnivlm_edge import DeviceError, OmniVLM, OptionError, bench, machine, memory, plot, power
 from omnivlm_edge.cli import bench_tables, main
+from omnivlm_edge.device import available_cores
 from omnivlm_edge.model_file import inspect_file
 from omnivlm_edge.models import find_model
 from omnivlm_edge.values import VISION_PRECISIONS
@@ -185,8 +187,8 @@ def test_table_csv_and_json_say_the_same(record: dict[str, Any]) -> None:
 
 
 def test_compare_and_plot(jsonl: Path, record: dict[str, Any], tmp_path: Path) -> None:
-    plot = tmp_path / "plot.png"
-    shown = run(*QUICK, "-p", "Is there a duck?", "--compare", jsonl, "--plot", plot)
+    path = tmp_path / "plot.png"
+    shown = run(*QUICK, "-p", "Is there a duck?", "--compare", jsonl, "--plot", path)
     assert (shown.returncode, shown.stderr) == (0, "")
     now, comparison = shown.stdout.split("\n\nCPU, precision ", 1)
     assert "| min ms |" in now.splitlines()[0] and "peak memory" in now
@@ -199,14 +201,37 @@ def test_compare_and_plot(jsonl: Path, record: dict[str, Any], tmp_path: Path) -
     total = record["stages"][6]["median_ns"] / 1e6
     assert lines[10].split("|")[2].strip() == f"{total:.2f}"
     assert "- prompt: Describe the image -> Is there a duck?" in lines
-    with Image.open(plot) as image:
+    with Image.open(path) as image:
         image.load()
-        assert (image.format, image.size) == ("PNG", (1200, 525))
+        assert (image.format, image.width) == ("PNG", 1200)
 
     # For programs stdout stays what it was.
     shown = run(*QUICK, "-r", 1, "-o", "json", "--compare", jsonl)
     assert json.loads(shown.stdout)[0]["repeats"] == 1
     assert "before" in shown.stderr
+
+
+def test_a_plot_shows_what_was_measured(record: dict[str, Any], tmp_path: Path) -> None:
+    figures: list[Figure] = []
+
+    def keep(figure: Figure, path: Path) -> None:
+        figures.append(figure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "_save", keep)
+        plot.plot_stages([record, record | {"n_threads": 2}], tmp_path / "p.png", [record, record])
+    (figure,) = figures
+    left = figure.axes[0]
+    before, now, other = left.containers
+    assert [bar.get_width() for bar in now] == [row["median_ns"] / 1e6 for row in record["stages"]]
+    assert before[0].get_hatch() and not now[0].get_hatch()
+    assert before[0].get_facecolor()[:3] == now[0].get_facecolor()[:3]
+    assert other[0].get_facecolor()[:3] != now[0].get_facecolor()[:3]
+    assert len(left.texts) == 3 * len(bench.STAGES)
+    samples = record["stages"][0]["samples_ns"]
+    assert list(left.lines[0].get_xdata()) == [min(samples) / 1e6, max(samples) / 1e6]
+    title = figure.get_suptitle()
+    assert record["model_filename"] in title and record["cpu_info"] in title
 
 
 def test_partners(record: dict[str, Any]) -> None:
@@ -215,6 +240,12 @@ def test_partners(record: dict[str, Any]) -> None:
     assert bench.find_partner(record, [other]) is other  # there is no other
     assert bench.find_partner(record, [record, newer, other]) is newer
     assert bench.find_partner(record, [other, other]) is None
+    # `auto` that became int8 is a partner of int8, but not so near as another `auto`.
+    auto = record | {"vision_precision_used": "int8"}
+    int8 = auto | {"vision_precision": "int8"}
+    assert bench.find_partner(auto, [other, int8]) is int8
+    assert bench.find_partner(int8, [auto, other]) is auto
+    assert bench.find_partner(auto, [auto, int8]) is auto
     text = bench_tables.comparison([record], [other, other])
     assert text == "No earlier record of CPU, precision auto, 1 thread.\n"
     text = bench_tables.comparison([record], [other])
@@ -229,6 +260,30 @@ def test_files_that_hold_no_records(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(OptionError, match="no record"):
         bench.read_records(path)
+
+
+@pytest.mark.parametrize("number", [-1, float("nan"), float("inf"), 10**400])
+@pytest.mark.parametrize("name", ["encode", "model_size", "peak_rss_bytes"])
+def test_numbers_that_nobody_measured(
+    record: dict[str, Any], tmp_path: Path, name: str, number: float
+) -> None:
+    changed = record | {"peak_unified_bytes": None, "peak_footprint_bytes": None, name: number}
+    if name == "encode":
+        changed["stages"] = [row | {"median_ns": number} for row in record["stages"]]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps([changed]))
+    with pytest.raises(OptionError, match="nobody has measured|holds no records"):
+        bench.read_records(path)
+
+
+def test_notes_of_a_case(record: dict[str, Any]) -> None:
+    facts = {"peak_gbs": 20.0, "peak_gops": 400.0, "repeats": 1, "error": None}
+    other = record | facts | {"peak_gbs": 30.0, "n_threads": 2}
+    text = bench_tables.render([record | facts, other], "md")
+    assert "1 thread: " in text and "measured limit 20.0 GB/s and 400 GOP/s" in text
+    assert "measured limit 30.0 GB/s and 400 GOP/s" in text
+    assert "; 1 repeat\n" in text
+    assert "mean ± sd ms" in text.splitlines()[0]
 
 
 def test_a_progress_bar_on_a_terminal() -> None:
@@ -259,7 +314,10 @@ def test_a_progress_bar_on_a_terminal() -> None:
         (["-n", "1"], 2, "1 is not in the range"),
         (["-o", "xml"], 2, "'xml' is not one of"),
         (["--plot", "p.svg"], 2, "must end in .png"),
-        (["--plot", "absent/p.png"], 1, "no such directory for the plot"),
+        (["--plot", "absent/p.png"], 1, "absent/p.png: cannot be written (No such file"),
+        (["--plot", ".png"], 2, ".png: the file's name must end in .png"),
+        (["-i", "https://example.com/a.png"], 2, "give a file: save the picture first"),
+        (["-i", "-"], 2, "give a file"),
         (["--device", "tpu"], 1, "device 'tpu' does not exist here"),
         (["-i", "absent.png"], 1, "absent.png: there is no such file"),
         (["--mmproj", "absent.gguf"], 1, "absent.gguf: there is no such file"),
@@ -281,6 +339,34 @@ def test_wrong_usage(
     shown = capsys.readouterr()
     assert shown.out == ""
     assert message in shown.err
+
+
+def test_a_plot_that_cannot_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "plot.png"
+    path.mkdir()
+    shown = run(*QUICK, "--plot", path)
+    assert (shown.returncode, shown.stdout) == (1, "")
+    assert f"{path}: cannot be written (Is a directory)" in shown.stderr
+
+
+def test_options_that_repeat_and_variables() -> None:
+    arguments = [*QUICK, "-r", 1, "-t", 2, "--vision-precision", "bf16,f32", "-o", "jsonl"]
+    shown = run(*arguments, OMNIVLM_LOW_MEMORY="1", OMNIVLM_VISION_PRECISION="int8")
+    records = list(map(json.loads, shown.stdout.splitlines()))
+    assert [(r["vision_precision"], r["n_threads"]) for r in records] == [
+        *(("bf16", 1), ("bf16", 2), ("f32", 1), ("f32", 2)),
+    ]
+    assert all(record["low_memory"] for record in records)
+    shown = run(*QUICK, "-r", 1, "-o", "jsonl", OMNIVLM_VISION_PRECISION="bf16,f32")
+    records = list(map(json.loads, shown.stdout.splitlines()))
+    assert [record["vision_precision"] for record in records] == ["bf16", "f32"]
+
+
+def test_more_threads_than_cores_are_remarked() -> None:
+    cores = available_cores()
+    arguments = "--device", "tpu", "-t", f"1,{cores + 1}"  # what ends it comes after the remark
+    shown = run("bench", "demo", *arguments)
+    assert f"{cores + 1} threads on {cores} cores wait for each other" in shown.stderr
 
 
 def test_wrong_usage_of_the_program() -> None:
@@ -306,7 +392,7 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     os.truncate(text, 4 * 10**12)  # a hole: no disk holds so much
     shown = run("bench", text, "--mmproj", DEMO.mmproj, "-i", HORSES, "--device", "cpu")
     assert (shown.returncode, shown.stdout) == (1, "")
-    assert "the model needs about 4000.2 GB, and CPU has " in shown.stderr
+    assert "the model needs about 4,000.2 GB, and CPU has " in shown.stderr
     with pytest.raises(DeviceError, match="smaller quantization"):
         memory.check_fits(2, 1, "CPU")
 
@@ -340,9 +426,10 @@ def test_ctrl_c_keeps_the_finished_cases() -> None:
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Interrupted: 1 of 2 cases; the result is partial." in stderr
-    (record,) = json.loads(stdout)
-    assert (record["n_threads"], record["partial"], record["error"]) == (1, True, None)
+    assert "Interrupted: 1 of 2 cases are finished." in stderr
+    record = json.loads(stdout)[0]
+    assert (record["n_threads"], record["partial"], record["error"]) == (1, False, None)
+    assert record["repeats_done"] == 2
     assert len(record["stages"]) == len(bench.STAGES)
     assert not second.is_running()
 
@@ -351,8 +438,9 @@ def test_ctrl_c_before_anything_was_measured() -> None:
     with start("-o", "json") as process:
         bench_child(process)
         process.send_signal(signal.SIGINT)
-        stdout, _ = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, "")
+    assert "Interrupted: nothing was measured." in stderr
 
 
 def interrupt_after(steps: int) -> Callable[[int], None]:
@@ -373,10 +461,11 @@ def test_ctrl_c_keeps_what_a_case_has_measured(steps: int, kept: int) -> None:
         bench.run_cases([case()], records, progress=interrupt_after(steps))
     assert len(records) == kept
     for record in records:
-        assert record["partial"]
+        assert (record["partial"], record["repeats"], record["repeats_done"]) == (True, 2, 1)
         stages = {row["test"]: len(row["samples_ns"]) for row in record["stages"]}
         assert stages == dict.fromkeys(bench.STAGES[1:], 1)
-        assert "partial: interrupted" in bench_tables.render(records, "md")
+        text = bench_tables.render(records, "md")
+        assert "partial: interrupted after 1 of 2 repeats" in text
 
 
 def test_a_case_that_is_killed_is_an_error_beside_the_others(tmp_path: Path) -> None:
@@ -391,6 +480,7 @@ def test_a_case_that_is_killed_is_an_error_beside_the_others(tmp_path: Path) -> 
     rows = [line.split("|")[5:7] for line in stdout.splitlines() if "demo-F16 " in line]
     assert [threads.strip() for threads, _ in rows] == [*"1" * len(bench.STAGES), "2"]
     assert rows[-1][1].strip() == "failed"
+    assert (stdout + stderr).count("was killed") == 1
     assert (tmp_path / "plot.png").exists()
 
 
@@ -409,7 +499,7 @@ def test_a_case_that_fails_says_why(tmp_path: Path) -> None:
     assert "max_tokens is 'many'" in broken["error"]
     assert measured["error"] is None
     text = bench_tables.render([damaged], "md")
-    assert damaged["error"] in text
+    assert "| failed " in text and damaged["error"] not in text  # it stands on stderr
     assert len(list(csv.DictReader(bench_tables.render([damaged], "csv").splitlines()))) == 1
 
 
@@ -587,10 +677,12 @@ def test_sysctl_and_nvpmodel() -> None:
     assert machine.parse_nvpmodel("") is None
 
 
-def test_the_commit_of_our_checkout_alone(tmp_path: Path) -> None:
-    package = tmp_path / "other" / ".venv" / "lib" / "omnivlm_edge"
-    package.mkdir(parents=True)
-    (tmp_path / "other" / ".git").mkdir()
-    assert machine.commit(package / "machine.py") is None
+def test_the_commit_that_was_built(tmp_path: Path) -> None:
+    assert machine.commit(tmp_path) is None
+    (tmp_path / "commit.txt").write_text("\n")  # built where there was no checkout
+    assert machine.commit(tmp_path) is None
+    (tmp_path / "commit.txt").write_text("1234abc-dirty\n")
+    assert machine.commit(tmp_path) == "1234abc-dirty"
+    assert (Path(machine.__file__).parent / "commit.txt").is_file()
     assert machine._output("no such program") == ""
     assert machine._output("false") == ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import statistics
@@ -144,8 +145,8 @@ def run_cases(
     """Measures the cases one after the other and appends a record of each to `records`.
 
     A case that fails leaves a record with its `error`, and the next one follows. On
-    KeyboardInterrupt, which is passed on, what the running case has measured is kept, too, and all
-    records are marked as `partial`. `progress` is told of steps done (see `Case.steps`).
+    KeyboardInterrupt, which is passed on, what the running case has measured is kept, too, in a
+    record that is marked as `partial`. `progress` is told of steps done (see `Case.steps`).
 
     Raises DeviceError and ModelFileError for what can be told before the first case.
     """
@@ -166,9 +167,7 @@ def run_cases(
             progress(case.steps - len(messages))
         except KeyboardInterrupt:
             if any(message["kind"] == "answer" for message in messages):
-                records.append(record | _results(record, messages, meter))
-            for record in records:
-                record["partial"] = True
+                records.append(record | _results(record, messages, meter) | {"partial": True})
             raise
         records.append(record | _results(record, messages, meter))
 
@@ -264,6 +263,7 @@ class _Facts:
             "prompt": case.prompt,
             "max_tokens": case.max_tokens,
             "repeats": case.repeats,
+            "repeats_done": 0,
             "peak_gops": None,
             "peak_gbs": None,
             "encode_operations": encode_operations(vision),
@@ -349,7 +349,7 @@ def decode_bytes(text: ModelFile) -> int:
 def _results(record: Record, messages: Sequence[Record], meter: Meter | None) -> Record:
     """What a record gains from the messages of its process."""
     answers = [message for message in messages if message["kind"] == "answer"]
-    results: Record = {"stages": stage_rows(messages)}
+    results: Record = {"stages": stage_rows(messages), "repeats_done": len(answers)}
     for message in messages:
         results |= message["facts"]  # peaks grow: the newest counts
     results["cpu_share"] = _mean([message["cpu_share"] for message in answers])
@@ -445,9 +445,12 @@ def read_records(path: Path) -> list[Record]:
         found = json.loads(text) if text[:1] == "[" else list(map(json.loads, lines))
         records = [record for record in found if record["stages"]]
         for record in records:
-            _key(record), (peak_memory(record) or 0) / 1e6
-            (record["model_size"] + record["mmproj_size"]) / 1e6
-            {row["test"]: row["median_ns"] / 1e6 for row in record["stages"]}
+            _key(record)
+            sizes = record["model_size"], record["mmproj_size"], peak_memory(record) or 0
+            numbers = {row["test"]: row["median_ns"] for row in record["stages"]}
+            for name, number in (*zip(_SIZES, sizes, strict=True), *numbers.items()):
+                if not 0 <= number / 1e6 < math.inf:
+                    raise OptionError(f"{path}: {name} is {number}, which nobody has measured")
     except (
         *(ArithmeticError, AttributeError, LookupError),
         *(RecursionError, TypeError, ValueError),
@@ -459,12 +462,20 @@ def read_records(path: Path) -> list[Record]:
 
 
 def find_partner(record: Record, earlier: Sequence[Record]) -> Record | None:
-    """The earlier record to compare one with: the only one, or the newest of the same case."""
+    """The earlier record to compare one with: the only one, or the newest of the same case.
+
+    A precision is what was used: `auto` has partners in what it became, if none in `auto`.
+    """
     if len(earlier) == 1:
         return earlier[0]
-    return next((other for other in reversed(earlier) if _key(other) == _key(record)), None)
+    same = [other for other in reversed(earlier) if _key(other) == _key(record)]
+    asked = [other for other in same if other["vision_precision"] == record["vision_precision"]]
+    return next(iter(asked + same), None)
 
 
 def _key(record: Record) -> tuple[Any, ...]:
-    names = ("device", "vision_precision", "n_threads", "low_memory")
-    return tuple(record[name] for name in names)
+    precision = record["vision_precision_used"] or record["vision_precision"]
+    return precision, *(record[name] for name in ("device", "n_threads", "low_memory"))
+
+
+_SIZES = ("model_size", "mmproj_size", "peak memory")

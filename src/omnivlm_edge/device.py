@@ -26,8 +26,10 @@ def select_device(name: str) -> Device:
     `auto` is the first GPU if there is one, else the CPU; `cpu`, `cuda`, `metal`, `vulkan`… name a
     kind; anything else must be a name from ggml's registry, such as `CUDA1`.
 
-    Raises DeviceError naming the devices that exist.
+    Raises DeviceError naming the devices that exist, OptionError for what can be no name.
     """
+    if not isinstance(name, str):
+        raise OptionError(f"device is {name!r}: it must be a name such as 'cpu'")
     devices = available_devices()
     wanted = name.lower()
     if wanted in ("auto", "gpu"):
@@ -54,7 +56,7 @@ def check_threads(n_threads: int | None) -> int:
     Raises OptionError for anything but a whole number in ggml's range.
     """
     if n_threads is None:
-        return _available_cores()
+        return available_cores()
     if type(n_threads) is not int or not 1 <= n_threads <= MAX_THREADS:
         raise OptionError(
             f"n_threads is {n_threads!r}: it must be a whole number from 1 to {MAX_THREADS}"
@@ -64,14 +66,14 @@ def check_threads(n_threads: int | None) -> int:
 
 def check_precision(name: str) -> str:
     """A vision precision's name. Raises OptionError for one that does not exist."""
-    if name not in VISION_PRECISIONS:
+    if not isinstance(name, str) or name not in VISION_PRECISIONS:
         raise OptionError(
             f"vision precision {name!r} does not exist: choose {', '.join(VISION_PRECISIONS)}"
         )
     return name
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
     """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from .bench import STAGES, Record, describe_case, peak_memory
+from .bench import STAGES, Record, describe_case, find_partner, peak_memory
 from .compare import Loss
 from .errors import OptionError
 from .files import write_whole
@@ -23,8 +24,6 @@ except ImportError as exc:
     raise OptionError(
         'a plot needs matplotlib, which is not installed: pip install "omnivlm-edge[plot]"'
     ) from exc
-
-_MAX_LABELLED = 4  # cases whose bars have their numbers beside them
 
 _Point = tuple[str, float, float]  # label, MB, error
 
@@ -61,33 +60,42 @@ def plot_losses(losses: Sequence[Loss], path: Path) -> None:
 
 
 def plot_stages(records: Sequence[Record], path: Path, before: Sequence[Record] = ()) -> None:
-    """Writes a PNG file of 1200 x 525 pixels: bars of the stages' means, and of peak memory.
+    """Writes a PNG file, 1200 pixels wide: bars of the stages' medians, and of peak memory.
 
-    `before` are earlier records, drawn first. Those that measured nothing are left out. Raises
-    OSError.
+    A case that has a partner in `before` (see `bench.find_partner`) has its bars below the
+    partner's, in the same colour. Cases that measured nothing are left out. Raises OSError.
     """
-    figure = Figure(figsize=(8, 3.5), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
-    shown = [("before: ", record) for record in before] + [("", record) for record in records]
-    shown = [(mark, record) for mark, record in shown if record["stages"]]
+    shown = []  # record, colour, whether it is an earlier one
+    for i, record in enumerate(record for record in records if record["stages"]):
+        earlier = find_partner(record, before)
+        shown += [] if earlier is None else [(earlier, f"C{i}", True)]
+        shown.append((record, f"C{i}", False))
     height = 0.8 / len(shown)
-    for i, (mark, record) in enumerate(shown):
+    inches = 1.5 + len(STAGES) * max(0.3, 0.11 * len(shown))
+    figure = Figure(figsize=(8, inches), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    for i, (record, colour, is_earlier) in enumerate(shown):
+        style: dict[str, Any] = {"facecolor": colour}
+        if is_earlier:
+            style |= {"alpha": 0.5, "hatch": "////", "edgecolor": "white"}
         rows = {row["test"]: row for row in record["stages"]}
         present = [stage for stage in STAGES if stage in rows]
-        bars = left.barh(
-            [STAGES.index(stage) + (i + 0.5) * height - 0.4 for stage in present],
-            [rows[stage]["avg_ns"] / 1e6 for stage in present],
-            height,
-            xerr=[rows[stage]["stddev_ns"] / 1e6 for stage in present],
-            color=f"C{i}",
-            label=mark + describe_case(record),
-        )
-        if len(shown) <= _MAX_LABELLED:
-            left.bar_label(bars, fmt="%.4g", fontsize=6, padding=2)
-        memory = right.barh(i, (peak_memory(record) or 0) / 1e6, 0.8, color=f"C{i}")
+        medians = [rows[stage]["median_ns"] / 1e6 for stage in present]
+        places = [STAGES.index(stage) + (i + 0.5) * height - 0.4 for stage in present]
+        name = ("before: " if is_earlier else "") + describe_case(record)
+        left.barh(places, medians, height, label=name, **style)
+        for stage, median, place in zip(present, medians, places, strict=True):
+            samples = rows[stage].get("samples_ns") or [rows[stage]["median_ns"]]
+            least, most = min(samples) / 1e6, max(samples) / 1e6
+            left.plot([least, most], [place, place], "|-", color="0.2", lw=0.8, markersize=3)
+            text = (max(median, most), place), (3, 0)
+            left.annotate(
+                f"{median:.4g}", *text, textcoords="offset points", va="center", fontsize=6
+            )
+        memory = right.barh(i, (peak_memory(record) or 0) / 1e6, 0.8, **style)
         right.bar_label(memory, fmt="%.0f", fontsize=6, padding=2)
     left.set_yticks(range(len(STAGES)), [stage.replace("_", " ") for stage in STAGES])
-    left.set_xlabel("ms (mean ± deviation)")
+    left.set_xlabel("ms (median; whiskers: least and most)")
     right.set_xlabel("peak memory (MB)")
     right.set_yticks([])
     for axes in (left, right):
@@ -96,7 +104,10 @@ def plot_stages(records: Sequence[Record], path: Path, before: Sequence[Record] 
         axes.invert_yaxis()
         axes.grid(color="0.9", axis="x")
         axes.set_axisbelow(True)
-    figure.legend(loc="outside upper center", ncols=2, fontsize=7)
+    last = shown[-1][0]
+    title = f"{last['model_filename']}, {last['mmproj_filename']} on {last['cpu_info']}"
+    figure.suptitle(title + (f", {last['gpu_info']}" if last["gpu_info"] else ""), fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7)
     _save(figure, path)
 
 

@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import OptionError
 from ..values import VISION_PRECISIONS
-from .options import comma_list, complete_path, model_argument, note, setting
+from .options import (
+    check_plot,
+    comma_list,
+    complete_path,
+    model_argument,
+    note,
+    setting,
+    writing,
+)
 
 if TYPE_CHECKING:
     from ..bench import Case, Record
@@ -27,7 +34,8 @@ if TYPE_CHECKING:
     metavar="IMAGE",
     type=click.Path(path_type=Path),
     shell_complete=complete_path,
-    help="Picture file to ask about.  [default: a made JPEG of 1046 x 1568]",
+    help="Picture to ask about: a file, no address or pattern.  [default: a made JPEG of "
+    "1046 x 1568]",
 )
 @click.option(
     "-p",
@@ -56,19 +64,23 @@ if TYPE_CHECKING:
     "-t",
     "--threads",
     metavar="N,N…",
+    multiple=True,
     callback=comma_list(click.IntRange(1, 512)),
-    help="CPU threads.  [default: all cores]",
+    help="CPU threads. May be repeated.  [default: all cores]",
 )
 @setting("--device", default="auto", show_default=True, help="auto, cpu, cuda, metal, vulkan, …")
-@click.option(
+@setting(
+    "--vision-precision",
     "--precision",
+    "precision",
     metavar="P,P…",
+    multiple=True,
     callback=comma_list(click.Choice(VISION_PRECISIONS)),
-    default="auto",
+    default=["auto"],
     show_default=True,
-    help=f"How pictures are encoded on the CPU: {', '.join(VISION_PRECISIONS)}.",
+    help=f"How pictures are encoded on the CPU: {', '.join(VISION_PRECISIONS)}. May be repeated.",
 )
-@click.option(
+@setting(
     "--low-memory", is_flag=True, help="Expand weights only while they are used: smaller, slower."
 )
 @setting(
@@ -106,7 +118,7 @@ def bench(
     prompt: str,
     max_tokens: int,
     repeats: int,
-    threads: list[int] | None,
+    threads: list[int],
     device: str,
     precision: list[str],
     low_memory: bool,
@@ -118,7 +130,7 @@ def bench(
 ) -> None:
     """Measure time and memory of MODEL on this machine.
 
-    Every combination of --threads and --precision is a case, in a process of its own.
+    Every combination of --threads and --vision-precision is a case, in a process of its own.
 
     \b
     load         of both files, which the system has in memory already
@@ -129,21 +141,23 @@ def bench(
     decode       the rest of the answer
     total        all from the question to the end of the answer
 
-    Ctrl-C ends it; what is finished is printed and marked as partial.
+    Ctrl-C ends it; what was measured is printed, and a case that was cut short marked as partial.
     """
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise click.BadParameter(f"{plot}: the file's name must end in .png", param_hint="--plot")
+    check_plot(plot)
+    if image is not None and not image.exists() and _is_no_file(str(image)):
+        raise click.BadParameter("give a file: save the picture first", param_hint="--image")
 
     from ..bench import make_cases, read_records, write_made_picture
+    from ..device import available_cores
     from ..models import find_model
 
     # Before the measurements: what is wrong fails at once.
     before = read_records(earlier) if earlier is not None else []
-    if plot is not None:
-        from ..plot import plot_stages
-
-        if not plot.parent.is_dir():
-            raise OptionError(f"{plot.parent}: there is no such directory for the plot")
+    if max(threads, default=1) > available_cores():
+        note(
+            f"{max(threads)} threads on {available_cores()} cores wait for each other: this says "
+            "little about the machine"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         cases = make_cases(
             find_model(model, mmproj, notify=note),
@@ -161,12 +175,19 @@ def bench(
         records, code = _measure(cases)
     _show(records, output, before)
     if plot is not None and any(record["stages"] for record in records):
-        plot_stages(records, plot, before)
+        from ..plot import plot_stages
+
+        with writing(plot):
+            plot_stages(records, plot, before)
     context.exit(code)
 
 
+def _is_no_file(text: str) -> bool:
+    return text in ("-", "clipboard:") or text.startswith(("http:", "https:", "data:"))
+
+
 def _measure(cases: list[Case]) -> tuple[list[Record], int]:
-    """The records, and the command's exit code. KeyboardInterrupt when there is nothing to keep."""
+    """The records, and the command's exit code."""
     from tqdm import tqdm
 
     from ..bench import run_cases
@@ -176,9 +197,11 @@ def _measure(cases: list[Case]) -> tuple[list[Record], int]:
         with tqdm(total=sum(case.steps for case in cases), desc="bench", disable=None) as bar:
             run_cases(cases, records, progress=bar.update)
     except KeyboardInterrupt:
-        if not records:
-            raise
-        note(f"\nInterrupted: {len(records)} of {len(cases)} cases; the result is partial.")
+        finished = sum(not record["partial"] for record in records)
+        if records:
+            note(f"\nInterrupted: {finished} of {len(cases)} cases are finished.")
+        else:
+            note("\nInterrupted: nothing was measured.")
         return records, 130
     return records, int(any(record["error"] for record in records))
 
@@ -191,7 +214,8 @@ def _show(records: list[Record], output: str, before: list[Record]) -> None:
     for record in records:
         if record["error"]:
             note(f"Error: {describe_case(record)}: {record['error']}")
-    click.echo(render(records, output), nl=False)
-    if before:
+    if records:
+        click.echo(render(records, output), nl=False)
+    if records and before:
         click.echo(err=output != "md")
         click.echo(comparison(records, before), nl=False, err=output != "md")

@@ -12,7 +12,7 @@ from ..bench import Record, describe_case, find_partner, peak_memory
 
 _COLUMNS = (
     *("model", "size MB", "device", "precision", "threads", "test"),
-    *("min ms", "median ms", "ms", "t/s", "of limit"),
+    *("min ms", "median ms", "mean ± sd ms", "mean ± sd t/s", "of limit"),
 )
 _SHARES = {"encode": "encode_share", "decode": "decode_share"}
 _BUSY = 0.8  # cpu_share below which other programs have slowed a case down
@@ -105,8 +105,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], n_words: int) -
 def _notes(record: Record) -> Iterator[str]:
     """What does not fit into a table of times."""
     name = describe_case(record)
-    if record["error"]:
-        yield f"- {name}: failed: {record['error']}"
     if not record["stages"]:
         return
     memory = peak_memory(record)
@@ -116,8 +114,13 @@ def _notes(record: Record) -> Iterator[str]:
     parts.append(f"from the process's start to the first token {_seconds(record)} s")
     if power := record["power"]:
         parts.append(f"{power['mean_w']:.1f} W ({power['source']})")
+    limits = [f"{record['peak_gbs']:.1f} GB/s"] if record["peak_gbs"] else []
+    limits += [f"{record['peak_gops']:.0f} GOP/s"] if record["peak_gops"] else []
+    if limits:
+        parts.append(f"measured limit {' and '.join(limits)}")
     if record["partial"]:
-        parts.append("partial: interrupted")
+        done = f"{record['repeats_done']} of {_repeats(record)}"
+        parts.append(f"partial: interrupted after {done}")
     yield f"- {name}: {', '.join(parts)}"
     if record["device"] == "CPU" and (record["cpu_share"] or 1) < _BUSY:
         share = f"{record['cpu_share']:.0%}"
@@ -135,18 +138,20 @@ def _conditions(record: Record) -> list[str]:
     places = [record["cpu_info"], f"{machine['cores']} cores"]
     places += [machine[key] for key in ("board", "power_mode") if machine[key]]
     places += [record["gpu_info"]] if record["gpu_info"] else []
-    limits = [f"{record['peak_gbs']:.1f} GB/s"] if record["peak_gbs"] else []
-    limits += [f"{record['peak_gops']:.0f} GOP/s"] if record["peak_gops"] else []
-    lines = [
+    return [
         "",
         f"{', '.join(places)}; omnivlm-edge {record['version']} (commit {build}), "
         f"llama-cpp-python {record['llama_cpp_python']}",
         f"{record['model_filename']} {record['model_size'] / 1e6:.1f} MB, "
         f"{record['mmproj_filename']} {record['mmproj_size'] / 1e6:.1f} MB; "
         f"{_picture(picture)}; "
-        f"{record['repeats']} repeats",
+        f"{_repeats(record)}",
     ]
-    return lines + ([f"Measured limit: {', '.join(limits)}"] if limits else [])
+
+
+def _repeats(record: Record) -> str:
+    n = record["repeats"]
+    return "1 repeat" if n == 1 else f"{n} repeats"
 
 
 def _picture(about: Mapping[str, Any]) -> str:

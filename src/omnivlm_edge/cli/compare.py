@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import OptionError
 from ..values import VISION_PRECISIONS
-from .options import complete_path, model_argument, note, setting
+from .options import check_plot, complete_path, model_argument, note, setting, writing
 
 if TYPE_CHECKING:
     from ..compare import Loss
@@ -94,8 +93,7 @@ def compare(
                    `whole` with B's own
     exact          questions answered word by word (see --questions)
     """
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise click.BadParameter(f"{plot}: the file's name must end in .png", param_hint="--plot")
+    check_plot(plot)
 
     from ..compare import DEFAULT_PROMPTS, compare_models, read_questions
     from ..sources import find_pictures
@@ -103,11 +101,6 @@ def compare(
     # Before the models: what is wrong fails at once.
     exam = read_questions(questions) if questions is not None else []
     pictures = [path for text in images for path in find_pictures(text)]
-    if plot is not None:
-        from ..plot import plot_losses
-
-        if not plot.parent.is_dir():
-            raise OptionError(f"{plot.parent}: there is no such directory for the plot")
     prompts = prompts or DEFAULT_PROMPTS
     losses = compare_models(
         reference,
@@ -136,7 +129,10 @@ def compare(
     else:
         print_losses(losses, len(pictures), prompts, len(exam))
     if plot is not None:
-        plot_losses(losses[1:], plot)
+        from ..plot import plot_losses
+
+        with writing(plot):
+            plot_losses(losses[1:], plot)
 
 
 def print_losses(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from ..errors import OptionError
+from ..files import check_writable
 from ..values import VISION_PRECISIONS
 
 if TYPE_CHECKING:
@@ -71,19 +75,37 @@ def note(message: str) -> None:
     click.echo(message, err=True)
 
 
-def comma_list(each: Any) -> Callable[[click.Context, click.Parameter, str | None], Any]:
-    """A callback for an option: values of click's type `each` with commas between them.
+def comma_list(each: Any) -> Callable[[click.Context, click.Parameter, Sequence[str]], Any]:
+    """A callback for an option that may be repeated: values of click's type `each`, with commas.
 
-    Each value counts once; None stays None.
+    Each value counts once.
     """
 
-    def split(context: click.Context, parameter: click.Parameter, text: str | None) -> Any:
-        if text is None:
-            return None
-        parts = [each.convert(part.strip(), parameter, context) for part in text.split(",")]
-        return list(dict.fromkeys(parts))
+    def split(context: click.Context, parameter: click.Parameter, texts: Sequence[str]) -> Any:
+        parts = [part.strip() for text in texts for part in text.split(",")]
+        return list(dict.fromkeys(each.convert(part, parameter, context) for part in parts))
 
     return split
+
+
+def check_plot(path: Path | None) -> None:
+    """Raises UsageError for a plot that is no PNG, OptionError for one that cannot be written."""
+    if path is None:
+        return
+    if path.suffix.lower() != ".png":
+        raise click.BadParameter(f"{path}: the file's name must end in .png", param_hint="--plot")
+    with writing(path):
+        check_writable(path)
+    from .. import plot  # noqa: F401  (says so where matplotlib is missing)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError into an OptionError that names the file."""
+    try:
+        yield
+    except OSError as exc:
+        raise OptionError(f"{path}: cannot be written ({exc.strerror})") from exc
 
 
 def find_source(model: str) -> ModelFiles:
