@@ -27,6 +27,7 @@ STAGES = ("preprocess", "encode", "prefill")
 @click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path), default=RESULTS)
 def main(out_dir: Path) -> None:
     """Write the pictures into OUT_DIR; bench/results when it is left out."""
+    out_dir.mkdir(parents=True, exist_ok=True)
     records = side_by_side_run()
     plots: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
         "stages": plot_stages,

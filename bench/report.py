@@ -6,7 +6,7 @@ The tables are printed, the plot is bench/results/quantization.png.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def second_question_table() -> str:
     lines += [
         "",
         f"Full-size synthetic model, F16, a 512×512 photograph; {record['machine']['cpu']}, "
-        f"{record['threads']} threads, commit {record['commit']}; median of {record['repeats']} "
+        f"{record['threads']} threads, {_commits([record])}; median of {record['repeats']} "
         "repeats, the model loaded. From `bench/results/second_question.jsonl`.",
     ]
     return "\n".join(lines)
@@ -59,7 +59,7 @@ def loss_table() -> str:
     lines += [
         "",
         f"The demo model on the pictures of {record['pictures']} held-out scenes and their "
-        f"{record['questions']:,} questions; commit {record['commit']}. From "
+        f"{record['questions']:,} questions; {_commits(rows.values())}. From "
         "`bench/results/quantization.jsonl`.",
     ]
     return "\n".join(lines)
@@ -88,7 +88,8 @@ def size_table() -> str:
         "| recipe | text | vision | decode |",
         "|---|---|---|---|",
     ]
-    for (recipe, _), record in _quantizations("synthetic-F16").items():
+    rows = _quantizations("synthetic-F16")
+    for (recipe, _), record in rows.items():
         loss, seconds = record["loss"], record["seconds"]
         rate = record["completion_tokens"] / seconds["decode"]["min"]
         lines.append(
@@ -99,11 +100,18 @@ def size_table() -> str:
     lines += [
         "",
         f"Full-size synthetic model (random weights: its losses say nothing); {machine['cpu']}, "
-        f"{record['threads']} threads, llama-cpp-python {record['llama_cpp_python']}, commit "
-        f"{record['commit']}; minimum of {record['repeats']} repeats. From "
+        f"{record['threads']} threads, llama-cpp-python {record['llama_cpp_python']}, "
+        f"{_commits(rows.values())}; minimum of {record['repeats']} repeats. The machine is "
+        "shared: speeds of other tables, measured at other hours, differ. From "
         "`bench/results/quantization.jsonl`.",
     ]
     return "\n".join(lines)
+
+
+def _commits(records: Iterable[dict[str, Any]]) -> str:
+    """Those that measured, in the order of their rows."""
+    names = list(dict.fromkeys(str(record["commit"]) for record in records))
+    return f"commit {names[0]}" if len(names) == 1 else f"commits {', '.join(names)}"
 
 
 def _quantizations(model: str) -> dict[tuple[str, bool], dict[str, Any]]:
@@ -167,7 +175,7 @@ def side_by_side_tables(records: Sequence[dict[str, Any]]) -> str:
     lines += [
         "",
         f"Full-size synthetic models of the same shapes, {record['picture']}; "
-        f"{record['machine']['cpu']}, {record['threads']} threads, commit {record['commit']}; "
+        f"{record['machine']['cpu']}, {record['threads']} threads, {_commits(records)}; "
         f"{', '.join(versions)}. Taking turns in one run, minimum of {record['repeats']} repeats, "
         "the model loaded. From `bench/results/side_by_side.jsonl`.",
     ]
