@@ -174,7 +174,92 @@ class Product : public ggml::cpu::tensor_traits {
     }
 };
 
-Product product;
+float op_parameter(const ggml_tensor * op, size_t index) {
+    float value = 0.0F;
+    std::memcpy(&value, op->op_params + index, sizeof(value));
+    return value;
+}
+
+// Attention of few tokens, as in decoding, to a key-value cache in FP16.
+class Attention : public ggml::cpu::tensor_traits {
+  public:
+    bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
+        if (!takes(op, n_threads)) {
+            return false;
+        }
+        size = scratch_bytes(op) * static_cast<size_t>(n_threads) + 64;
+        return true;
+    }
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        if (!takes(op, params->nth)) {
+            return false;
+        }
+        const size_t each = scratch_bytes(op);
+        if (params->wsize < each * static_cast<size_t>(params->nth) + 64) {
+            return false;
+        }
+        const CachedAttentionTask task    = task_of(op);
+        const auto                address = (reinterpret_cast<uintptr_t>(params->wdata) + 63) / 64 * 64;
+        char *                    scratch = reinterpret_cast<char *>(address) + each * static_cast<size_t>(params->ith);
+        for (int64_t i = params->ith; i < op->src[0]->ne[1] * task.n_heads_kv; i += params->nth) {
+            attention().run(task, i / task.n_heads_kv, i % task.n_heads_kv, scratch);
+        }
+        return true;
+    }
+
+  private:
+    static constexpr int64_t MAX_QUERIES = 32;  // ggml is quicker with more: it takes them together
+
+    static const CachedAttentionKernels & attention() { return best_kernels().cached_attention; }
+
+    // q [d, n_queries, n_heads], k and v [d, n_cells, n_heads_kv], mask [n_cells, n_queries] -> [d, n_heads, n_queries]
+    static CachedAttentionTask task_of(const ggml_tensor * op) {
+        const ggml_tensor * q    = op->src[0];
+        const ggml_tensor * k    = op->src[1];
+        const ggml_tensor * v    = op->src[2];
+        const ggml_tensor * mask = op->src[3];
+        return { static_cast<const char *>(q->data),
+                 q->nb[1],
+                 q->nb[2],
+                 static_cast<const char *>(k->data),
+                 k->nb[1],
+                 k->nb[2],
+                 static_cast<const char *>(v->data),
+                 v->nb[1],
+                 v->nb[2],
+                 static_cast<const char *>(mask->data),
+                 mask->nb[1],
+                 static_cast<float *>(op->data),
+                 q->ne[2],
+                 k->ne[2],
+                 k->ne[1],
+                 q->ne[0],
+                 op_parameter(op, 0) };
+    }
+
+    static bool takes(const ggml_tensor * op, int n_threads) {
+        const ggml_tensor * q     = op->src[0];
+        const ggml_tensor * k     = op->src[1];
+        const ggml_tensor * v     = op->src[2];
+        const ggml_tensor * mask  = op->src[3];
+        const bool          plain = op->src[4] == nullptr && op_parameter(op, 1) == 0.0F && op_parameter(op, 2) == 0.0F;
+        if (attention().takes == nullptr || mask == nullptr || !plain || q->ne[3] != 1 || mask->ne[2] != 1 ||
+            q->type != GGML_TYPE_F32 || k->type != GGML_TYPE_F16 || v->type != GGML_TYPE_F16 || q->ne[0] != v->ne[0] ||
+            k->ne[2] != v->ne[2]) {
+            return false;
+        }
+        const int64_t n_parts = q->ne[1] * k->ne[2];
+        return q->ne[1] <= MAX_QUERIES && n_parts >= n_threads && attention().takes(task_of(op));
+    }
+
+    static size_t scratch_bytes(const ggml_tensor * op) {
+        return (attention().scratch_bytes(task_of(op)) + 63) / 64 * 64;
+    }
+};
+
+Product   product;
+Attention attention;
 
 class BufferType : public ggml::cpu::extra_buffer_type {
   public:
@@ -188,6 +273,9 @@ class BufferType : public ggml::cpu::extra_buffer_type {
     }
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
+        if (op->op == GGML_OP_FLASH_ATTN_EXT) {
+            return &attention;
+        }
         return is_ours(op) ? &product : nullptr;
     }
 

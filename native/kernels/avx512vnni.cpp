@@ -1,5 +1,6 @@
 // x86-64 with AVX-512 VNNI and BF16 (Zen 4 and later, Cooper Lake, Sapphire Rapids).
 
+#include "cached-attention.h"
 #include "cpu.h"
 #include "four-bit.h"
 #include "instruction-sets.h"
@@ -65,6 +66,7 @@ struct Isa {
 
 }  // namespace
 
-constexpr Kernels AVX512_VNNI = Loops<Isa>::table("avx512-vnni", has_avx512_vnni, FourBit<Int8>::table());
+constexpr Kernels AVX512_VNNI =
+    Loops<Isa>::table("avx512-vnni", has_avx512_vnni, FourBit<Int8>::table(), CachedAttention<Int8>::table());
 
 }  // namespace omnivlm

@@ -1,5 +1,6 @@
 // x86-64 with 256-bit VNNI (Alder Lake and later, Zen 5).
 
+#include "cached-attention.h"
 #include "cpu.h"
 #include "four-bit.h"
 #include "instruction-sets.h"
@@ -69,6 +70,7 @@ struct Isa {
 
 }  // namespace
 
-constexpr Kernels AVX_VNNI = Loops<Isa>::table("avx-vnni", SUPPORTED, FourBit<Int8>::table());
+constexpr Kernels AVX_VNNI =
+    Loops<Isa>::table("avx-vnni", SUPPORTED, FourBit<Int8>::table(), CachedAttention<Int8>::table());
 
 }  // namespace omnivlm

@@ -131,6 +131,30 @@ struct FourBitKernels {
     void (*linear)(const FourBitTask & task, int64_t panel_begin, int64_t panel_end);
 };
 
+// Attention of a text model's newest tokens to the cells of its key-value cache, of which each query sees some. Several
+// query heads share a head of keys and values. Strides are in bytes.
+struct CachedAttentionTask {
+    const char * q;  // float
+    size_t       q_row, q_head;
+    const char * k;  // FP16
+    size_t       k_cell, k_head;
+    const char * v;  // FP16
+    size_t       v_cell, v_head;
+    const char * mask;  // FP16, minus infinity where a query does not see a cell, else 0
+    size_t       mask_row;
+    float *      out;  // [n_queries][n_heads][d]
+    int64_t      n_heads, n_heads_kv, n_cells, d;
+    float        scale;  // of the products before softmax
+};
+
+struct CachedAttentionKernels {
+    bool (*takes)(const CachedAttentionTask & task);  // whether the shapes are such that `run` can
+    size_t (*scratch_bytes)(const CachedAttentionTask & task);
+
+    // One query's heads that share one head of keys and values. `scratch` is a thread's own, 64-byte aligned.
+    void (*run)(const CachedAttentionTask & task, int64_t query, int64_t head_kv, char * scratch);
+};
+
 // All of one instruction set. Functions are reentrant; `scratch` is a thread's own, 64-byte aligned.
 struct Kernels {
     const char * name;
@@ -151,7 +175,9 @@ struct Kernels {
     void (*attention)(const AttentionTask & task, int64_t query_begin, int64_t query_end, char * scratch);
     size_t (*attention_scratch_bytes)(const AttentionTask & task);
 
-    FourBitKernels four_bit;  // null pointers where there are none
+    // Null pointers where there are none.
+    FourBitKernels         four_bit;
+    CachedAttentionKernels cached_attention;
 
     Packing packing(Operand operand, int64_t n_in, int64_t block) const;  // `block` 0: one for all values
 };

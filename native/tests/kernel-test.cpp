@@ -446,6 +446,91 @@ void test_four_bit(const Kernels & kernels, int64_t m, int64_t n, int64_t n_bloc
     }
 }
 
+uint16_t to_fp16(float value) {  // what is representable, or nearly so, and normal
+    uint32_t word = 0;
+    std::memcpy(&word, &value, 4);
+    const uint32_t exponent = (word >> 23 & 255) - 112;
+    return exponent > 30 ? 0 : static_cast<uint16_t>((word >> 16 & 0x8000) | exponent << 10 | (word >> 13 & 1023));
+}
+
+double signed_fp16(uint16_t half) {
+    return half == 0 ? 0.0 : (half & 0x8000 ? -1.0 : 1.0) * from_fp16(half & 0x7fff);
+}
+
+// Queries that see every second cell, the first of them only one.
+void test_cached_attention(const Kernels & kernels, int64_t n_queries, int64_t n_cells, int64_t n_heads,
+                           int64_t n_heads_kv, int64_t d) {
+    const Matrix          q = random_matrix(n_queries * n_heads, d, 1);
+    std::vector<uint16_t> k, v, mask(static_cast<size_t>(n_queries * n_cells), 0xfc00);
+    for (const float value : random_matrix(n_cells * n_heads_kv, d, 2)) {
+        k.push_back(to_fp16(value));
+    }
+    for (const float value : random_matrix(n_cells * n_heads_kv, d, 3)) {
+        v.push_back(to_fp16(value));
+    }
+    for (int64_t i = 0; i < n_queries * n_cells; i++) {
+        const int64_t query = i / n_cells, cell = i % n_cells;
+        if (query == 0 ? cell == n_cells - 1 : cell % 2 == query % 2 && cell > 0) {
+            mask[static_cast<size_t>(i)] = 0;
+        }
+    }
+    Matrix                    out(static_cast<size_t>(n_queries * n_heads * d), -1.0F);
+    const auto                row = static_cast<size_t>(d) * 2;
+    const CachedAttentionTask task{ reinterpret_cast<const char *>(q.data()),
+                                    static_cast<size_t>(n_heads * d) * 4,
+                                    static_cast<size_t>(d) * 4,
+                                    reinterpret_cast<const char *>(k.data()),
+                                    row * static_cast<size_t>(n_heads_kv),
+                                    row,
+                                    reinterpret_cast<const char *>(v.data()),
+                                    row * static_cast<size_t>(n_heads_kv),
+                                    row,
+                                    reinterpret_cast<const char *>(mask.data()),
+                                    static_cast<size_t>(n_cells) * 2,
+                                    out.data(),
+                                    n_heads,
+                                    n_heads_kv,
+                                    n_cells,
+                                    d,
+                                    0.1F };
+    const std::string name = std::string(kernels.name) + " cached attention " + std::to_string(n_queries) + "x" +
+                             std::to_string(n_cells) + "x" + std::to_string(n_heads) + "/" +
+                             std::to_string(n_heads_kv) + "x" + std::to_string(d);
+    check(kernels.cached_attention.takes(task), name + ": taken");
+    const Memory scratch = allocate(kernels.cached_attention.scratch_bytes(task));
+    for (int64_t i = 0; i < n_queries * n_heads_kv; i++) {
+        kernels.cached_attention.run(task, i / n_heads_kv, i % n_heads_kv, scratch.get());
+    }
+    std::vector<double> want;
+    for (int64_t query = 0; query < n_queries; query++) {
+        for (int64_t head = 0; head < n_heads; head++) {
+            const int64_t       group = n_heads / n_heads_kv;
+            std::vector<double> values(static_cast<size_t>(d));
+            double              sum = 0.0;
+            for (int64_t cell = 0; cell < n_cells; cell++) {
+                if (mask[static_cast<size_t>(query * n_cells + cell)] != 0) {
+                    continue;
+                }
+                const int64_t at      = (cell * n_heads_kv + head / group) * d;
+                double        product = 0.0;
+                for (int64_t i = 0; i < d; i++) {
+                    product += static_cast<double>(q[static_cast<size_t>((query * n_heads + head) * d + i)]) *
+                               signed_fp16(k[static_cast<size_t>(at + i)]);
+                }
+                const double weight = std::exp(product * static_cast<double>(0.1F) - 60.0);
+                sum += weight;
+                for (int64_t i = 0; i < d; i++) {
+                    values[static_cast<size_t>(i)] += weight * signed_fp16(v[static_cast<size_t>(at + i)]);
+                }
+            }
+            for (const double value : values) {
+                want.push_back(value / sum);
+            }
+        }
+    }
+    check(relative_error(want, out) < 1e-5, name);
+}
+
 void test(const Kernels & kernels) {
     const int before = failures;
     for (const Operand operand : { Operand::INT8, Operand::BF16, Operand::F32 }) {
@@ -475,6 +560,12 @@ void test(const Kernels & kernels) {
                     test_four_bit(kernels, m, n, n_blocks, has_minimum);
                 }
             }
+        }
+    }
+    if (kernels.cached_attention.run != nullptr) {
+        for (const int64_t n_cells : { 3, 16, 200 }) {
+            test_cached_attention(kernels, 3, n_cells, 14, 2, 64);
+            test_cached_attention(kernels, 2, n_cells, 4, 4, 128);
         }
     }
     test_extremes(kernels);
