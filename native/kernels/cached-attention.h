@@ -41,7 +41,18 @@ template <class Dot> struct CachedAttention {
         return static_cast<size_t>(stride + padded_heads(task) * (task.d + stride)) * sizeof(float);
     }
 
-    OMNIVLM_ALWAYS_INLINE static Floats halves(const char * p) { return bits<Floats>(Dot::load_halves(p)); }
+    // LANES values. Dot's vectors may be narrower.
+    OMNIVLM_ALWAYS_INLINE static Floats halves(const char * p) {
+        constexpr int        N = static_cast<int>(sizeof(Floats)) / Dot::BYTES;
+        typename Dot::Vector parts[N];
+#pragma GCC unroll 4
+        for (int i = 0; i < N; i++) {
+            parts[i] = Dot::load_halves(p + i * Dot::BYTES / 2);
+        }
+        Floats v;
+        __builtin_memcpy(&v, parts, sizeof(v));
+        return v;
+    }
 
     // A sum in few steps: most of the scores' cost.
     OMNIVLM_ALWAYS_INLINE static float total(Floats v) {
