@@ -1,5 +1,5 @@
-// Attention of a text model's newest tokens to its key-value cache, once for all instruction sets whose Dot has
-// `load_halves` (four-bit.h). Sums are FP32; a query's result depends on its own cells alone.
+// Attention of a text model to its key-value cache, once for all instruction sets whose Dot has
+// `load_halves` (blockwise.h). Sums are FP32; a query's result depends on its own cells alone.
 
 #pragma once
 

@@ -350,36 +350,45 @@ constexpr std::array<uint8_t, 16> CODEBOOK = {
 };
 constexpr int ZERO = 128;
 
-struct FourBitWeights {
+struct BlockwiseWeights {
     Memory              panels;
     std::vector<double> w;  // [n][k], what they stand for
 };
 
 // Reads what kernel.h says of the layout.
-FourBitWeights random_four_bit(int64_t n, int64_t n_blocks, bool has_minimum) {
-    std::mt19937   random(3);
-    const int64_t  k     = n_blocks * FOUR_BIT_BLOCK;
-    const int64_t  bytes = four_bit_block_bytes(has_minimum);
-    FourBitWeights result{ allocate(static_cast<size_t>(n / FOUR_BIT_COLUMNS * n_blocks * bytes)),
-                           std::vector<double>(static_cast<size_t>(n * k)) };
-    char *         at = result.panels.get();
-    for (int64_t panel = 0; panel < n / FOUR_BIT_COLUMNS; panel++) {
+BlockwiseWeights random_blockwise(int64_t n, int64_t n_blocks, Blocks blocks, bool is_signed) {
+    std::mt19937     random(3);
+    const int64_t    k     = n_blocks * BLOCKWISE_BLOCK;
+    const int64_t    bytes = blockwise_block_bytes(blocks);
+    BlockwiseWeights result{ allocate(static_cast<size_t>(n / BLOCKWISE_COLUMNS * n_blocks * bytes)),
+                             std::vector<double>(static_cast<size_t>(n * k)) };
+    char *           at = result.panels.get();
+    for (int64_t panel = 0; panel < n / BLOCKWISE_COLUMNS; panel++) {
         for (int64_t b = 0; b < n_blocks; b++, at += bytes) {
-            for (int64_t i = 0; i < 256; i++) {
+            const int64_t value_bytes = blockwise_value_bytes(blocks);
+            for (int64_t i = 0; i < value_bytes; i++) {
                 at[i] = static_cast<char>(random());
             }
-            for (int64_t j = 0; j < FOUR_BIT_COLUMNS; j++) {
+            for (int64_t j = 0; j < BLOCKWISE_COLUMNS; j++) {
                 const auto scale   = static_cast<uint16_t>(8 << 10 | (random() & 4095));
                 const auto minimum = static_cast<uint16_t>(14 << 10 | (random() & 1023));
-                std::memcpy(at + 256 + 2 * j, &scale, 2);
-                if (has_minimum) {
-                    std::memcpy(at + 288 + 2 * j, &minimum, 2);
+                double     less    = 0.0;
+                std::memcpy(at + value_bytes + 2 * j, &scale, 2);
+                if (blocks == Blocks::FOUR_WITH_MINIMUM) {
+                    std::memcpy(at + value_bytes + 32 + 2 * j, &minimum, 2);
+                    less = from_fp16(minimum);
                 }
-                for (int64_t i = 0; i < FOUR_BIT_BLOCK; i++) {
-                    const auto byte = static_cast<unsigned char>(at[i % 16 / 4 * 64 + j * 4 + i % 4]);
-                    const int  q    = CODEBOOK[i < 16 ? byte & 15 : byte >> 4] - ZERO;
-                    result.w[static_cast<size_t>((panel * FOUR_BIT_COLUMNS + j) * k + b * FOUR_BIT_BLOCK + i)] =
-                        from_fp16(scale) * q - (has_minimum ? from_fp16(minimum) : 0.0);
+                for (int64_t i = 0; i < BLOCKWISE_BLOCK; i++) {
+                    int q = 0;
+                    if (blocks == Blocks::EIGHT) {
+                        const char byte = at[i / 4 * 64 + j * 4 + i % 4];
+                        q = is_signed ? static_cast<signed char>(byte) : static_cast<unsigned char>(byte) - ZERO;
+                    } else {
+                        const auto byte = static_cast<unsigned char>(at[i % 16 / 4 * 64 + j * 4 + i % 4]);
+                        q               = CODEBOOK[i < 16 ? byte & 15 : byte >> 4] - ZERO;
+                    }
+                    result.w[static_cast<size_t>((panel * BLOCKWISE_COLUMNS + j) * k + b * BLOCKWISE_BLOCK + i)] =
+                        from_fp16(scale) * q - less;
                 }
             }
         }
@@ -387,59 +396,59 @@ FourBitWeights random_four_bit(int64_t n, int64_t n_blocks, bool has_minimum) {
     return result;
 }
 
-Matrix four_bit_product(const Kernels & kernels, const FourBitWeights & weights, const Matrix & x, int64_t m, int64_t n,
-                        int64_t n_blocks, bool has_minimum, std::vector<double> * stands_for = nullptr) {
+Matrix blockwise_product(const Kernels & kernels, const BlockwiseWeights & weights, const Matrix & x, int64_t m,
+                         int64_t n, int64_t n_blocks, Blocks blocks, std::vector<double> * stands_for = nullptr) {
     std::array<uint8_t, 16> codebook = CODEBOOK;
-    if (kernels.four_bit.is_signed) {
+    if (kernels.blockwise.is_signed) {
         for (uint8_t & value : codebook) {
             value = static_cast<uint8_t>(value - ZERO);
         }
     }
-    Matrix            out(static_cast<size_t>(m * n));
-    const Memory      rows = allocate(static_cast<size_t>(n_blocks * four_bit_rows_bytes(m)));
-    const FourBitTask task{ weights.panels.get(),
-                            rows.get(),
-                            out.data(),
-                            m,
-                            n,
-                            n_blocks,
-                            codebook.data(),
-                            kernels.four_bit.is_signed ? 0 : ZERO,
-                            has_minimum };
+    Matrix              out(static_cast<size_t>(m * n));
+    const Memory        rows = allocate(static_cast<size_t>(n_blocks * blockwise_rows_bytes(m)));
+    const BlockwiseTask task{ weights.panels.get(),
+                              rows.get(),
+                              out.data(),
+                              m,
+                              n,
+                              n_blocks,
+                              codebook.data(),
+                              kernels.blockwise.is_signed ? 0 : ZERO,
+                              blocks };
     for (int64_t r = 0; r < m; r++) {
-        kernels.four_bit.write_row(task, x.data() + r * n_blocks * FOUR_BIT_BLOCK, r);
+        kernels.blockwise.write_row(task, x.data() + r * n_blocks * BLOCKWISE_BLOCK, r);
     }
-    kernels.four_bit.linear(task, 0, n / FOUR_BIT_COLUMNS);
+    kernels.blockwise.linear(task, 0, n / BLOCKWISE_COLUMNS);
     for (int64_t r = 0; stands_for != nullptr && r < m; r++) {
-        for (int64_t i = 0; i < n_blocks * FOUR_BIT_BLOCK; i++) {
-            const char * block = rows.get() + i / FOUR_BIT_BLOCK * four_bit_rows_bytes(m);
+        for (int64_t i = 0; i < n_blocks * BLOCKWISE_BLOCK; i++) {
+            const char * block = rows.get() + i / BLOCKWISE_BLOCK * blockwise_rows_bytes(m);
             float        scale = 0.0F;
-            std::memcpy(&scale, block + m * FOUR_BIT_BLOCK + 4 * r, 4);
+            std::memcpy(&scale, block + m * BLOCKWISE_BLOCK + 4 * r, 4);
             stands_for->push_back(static_cast<double>(scale) *
-                                  static_cast<signed char>(block[r * FOUR_BIT_BLOCK + i % FOUR_BIT_BLOCK]));
+                                  static_cast<signed char>(block[r * BLOCKWISE_BLOCK + i % BLOCKWISE_BLOCK]));
         }
     }
     return out;
 }
 
-void test_four_bit(const Kernels & kernels, int64_t m, int64_t n, int64_t n_blocks, bool has_minimum) {
-    const std::string name = std::string(kernels.name) + " 4-bit " + std::to_string(m) + "x" + std::to_string(n) + "x" +
-                             std::to_string(n_blocks) + (has_minimum ? " with minimum" : "");
-    const int64_t        k       = n_blocks * FOUR_BIT_BLOCK;
-    const FourBitWeights weights = random_four_bit(n, n_blocks, has_minimum);
-    Matrix               x       = random_matrix(m, k, 1);
-    std::vector<double>  stands_for;
-    const Matrix         out = four_bit_product(kernels, weights, x, m, n, n_blocks, has_minimum, &stands_for);
+void test_blockwise(const Kernels & kernels, int64_t m, int64_t n, int64_t n_blocks, Blocks blocks) {
+    const std::string name = std::string(kernels.name) + " blockwise " + std::to_string(m) + "x" + std::to_string(n) +
+                             "x" + std::to_string(n_blocks) + " of kind " + std::to_string(static_cast<int>(blocks));
+    const int64_t          k       = n_blocks * BLOCKWISE_BLOCK;
+    const BlockwiseWeights weights = random_blockwise(n, n_blocks, blocks, kernels.blockwise.is_signed);
+    Matrix                 x       = random_matrix(m, k, 1);
+    std::vector<double>    stands_for;
+    const Matrix           out = blockwise_product(kernels, weights, x, m, n, n_blocks, blocks, &stands_for);
     check(relative_error(product(stands_for, weights.w, m, n, k), out) < 2e-6, name);
     check(relative_error(stands_for, x) < 0.02, name + ": rows");
     for (int64_t r = 0; r < m; r++) {  // alone and among others
         const Matrix row(x.begin() + r * k, x.begin() + (r + 1) * k);
-        const Matrix alone = four_bit_product(kernels, weights, row, 1, n, n_blocks, has_minimum);
+        const Matrix alone = blockwise_product(kernels, weights, row, 1, n, n_blocks, blocks);
         check(std::memcmp(alone.data(), out.data() + r * n, static_cast<size_t>(n) * 4) == 0, name + ": alone");
     }
     x[0]                  = std::nanf("");
     x[1]                  = INFINITY;
-    const Matrix poisoned = four_bit_product(kernels, weights, x, m, n, n_blocks, has_minimum);
+    const Matrix poisoned = blockwise_product(kernels, weights, x, m, n, n_blocks, blocks);
     for (int64_t i = 0; i < m * n; i++) {
         const bool is_nan = std::isnan(poisoned[static_cast<size_t>(i)]);
         check(is_nan == (i < n), name + ": not a number");
@@ -555,9 +564,9 @@ void test(const Kernels & kernels) {
     }
     for (const int64_t m : { 1, 2, 7, 64, 67 }) {
         for (const auto & [n, n_blocks] : std::vector<std::array<int64_t, 2>>{ { 16, 1 }, { 48, 3 }, { 32, 28 } }) {
-            for (const bool has_minimum : { false, true }) {
-                if (kernels.four_bit.linear != nullptr) {
-                    test_four_bit(kernels, m, n, n_blocks, has_minimum);
+            for (const Blocks blocks : { Blocks::FOUR, Blocks::FOUR_WITH_MINIMUM, Blocks::EIGHT }) {
+                if (kernels.blockwise.linear != nullptr) {
+                    test_blockwise(kernels, m, n, n_blocks, blocks);
                 }
             }
         }
@@ -640,20 +649,20 @@ void speed(const Kernels & kernels) {
                     4.0 * static_cast<double>(n * n * d) / best / 1e9);
     }
     for (const int64_t m : { 1, 2, 8, 119 }) {
-        if (kernels.four_bit.linear == nullptr) {
+        if (kernels.blockwise.linear == nullptr) {
             continue;
         }
-        const int64_t        n = 4864, n_blocks = 28;
-        const FourBitWeights weights = random_four_bit(n, n_blocks, false);
-        const Matrix         x       = random_matrix(m, n_blocks * FOUR_BIT_BLOCK, 1);
-        double               best    = 1e9;
+        const int64_t          n = 4864, n_blocks = 28;
+        const BlockwiseWeights weights = random_blockwise(n, n_blocks, Blocks::FOUR, kernels.blockwise.is_signed);
+        const Matrix           x       = random_matrix(m, n_blocks * BLOCKWISE_BLOCK, 1);
+        double                 best    = 1e9;
         for (int i = 0; i < 20; i++) {
             const double start = seconds();
-            four_bit_product(kernels, weights, x, m, n, n_blocks, false);
+            blockwise_product(kernels, weights, x, m, n, n_blocks, Blocks::FOUR);
             best = std::min(best, seconds() - start);
         }
         std::printf("%-14s 4-bit %3ld rows %6.1f GOP/s\n", kernels.name, static_cast<long>(m),
-                    2.0 * static_cast<double>(m * n * n_blocks * FOUR_BIT_BLOCK) / best / 1e9);
+                    2.0 * static_cast<double>(m * n * n_blocks * BLOCKWISE_BLOCK) / best / 1e9);
     }
 }
 
