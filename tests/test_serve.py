@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import shutil
 import signal
 import socket
@@ -15,10 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import openai
 import pytest
+import schemathesis
 from openai import OpenAI
 from PIL import Image
+from schemathesis import GenerationMode
+from schemathesis.checks import positive_data_acceptance
 
 from command import COMMAND
 from omnivlm_edge import GenerateOptions, OmniVLM, Turn
@@ -41,7 +46,7 @@ from serving import (
     user,
 )
 
-LONG = 300  # tokens: an answer that is still running when the test does something
+LONG = 150  # tokens: an answer that is still running when the test does something
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +133,9 @@ def test_answers_are_those_of_the_engine(client: OpenAI, engine_demo: OmniVLM) -
             assert response.model == "demo"
             assert response.usage.prompt_tokens == want.prompt_tokens
             assert response.usage.completion_tokens == want.completion_tokens
-            assert response.usage.prompt_tokens_details.model_extra["image_tokens"] == 81
+            assert response.usage.prompt_tokens_details.to_dict()["image_tokens"] == 9
     again = ask(client, user("Is there a duck?", HORSES))
-    assert again.usage.prompt_tokens_details.cached_tokens > 81
+    assert again.usage.prompt_tokens_details.cached_tokens > 9
     assert again.model_extra["timings"]["prompt_n"] < 20
 
 
@@ -205,11 +210,11 @@ def test_conversations_of_models_that_know_them(tmp_path: Path, tiny_model: Path
 
 
 def test_several_choices(client: OpenAI) -> None:
-    message = user("Describe the image", HORSES)
+    message = user("Who are you?")
     greedy = ask(client, message, n=3)
     assert [choice.index for choice in greedy.choices] == [0, 1, 2]
     assert len({choice.message.content for choice in greedy.choices}) == 1
-    warm = {"temperature": 1.5, "seed": 7, "top_p": 1, "extra_body": {"top_k": 0, "min_p": 0}}
+    warm = {"temperature": 2, "seed": 7, "top_p": 1, "extra_body": {"top_k": 0, "min_p": 0}}
     choices = ask(client, message, n=3, **warm).choices
     texts = [choice.message.content for choice in choices]
     assert len(set(texts)) > 1
@@ -272,14 +277,18 @@ def test_json_answers(client: OpenAI) -> None:
     message = user("How many carrots are there?", SHOPPING)
     schema = {
         "type": "object",
-        "properties": {"carrots": {"type": "integer", "minimum": 0, "maximum": 9}},
-        "required": ["carrots"],
+        "properties": {
+            "carrots": {"type": "integer", "minimum": 0, "maximum": 9},
+            "day": {"type": "string", "pattern": "^20[0-9]{2}-[0-9]{2}-[0-9]{2}$"},
+        },
+        "required": ["carrots", "day"],
         "additionalProperties": False,
     }
     form = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": schema}}
-    found = json.loads(text_of(ask(client, message, response_format=form)))
-    assert list(found) == ["carrots"]
+    found = json.loads(text_of(ask(client, message, response_format=form, max_tokens=60)))
+    assert list(found) == ["carrots", "day"]
     assert found["carrots"] in range(10)
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", found["day"])
     response = ask(client, message, response_format={"type": "json_object"})
     assert text_of(response).startswith("{")
     plain = ask(client, message, response_format={"type": "text"})
@@ -289,7 +298,7 @@ def test_json_answers(client: OpenAI) -> None:
 def test_models(client: OpenAI) -> None:
     (model,) = client.models.list().data
     assert model.id == "demo"
-    assert model.model_extra["meta"]["image_tokens"] == 81
+    assert model.model_extra["meta"]["image_tokens"] == 9
     assert client.models.retrieve("demo") == model
     with pytest.raises(openai.NotFoundError, match="no model 'other' here: it is 'demo'"):
         client.models.retrieve("other")
@@ -389,9 +398,9 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "a long prompt": (question("x" * 10_000), "exceed_context_size_error", "do not fit"),
     "a long answer": (question("x", max_tokens=10**9), "exceed_context_size_error", "do not fit"),
     "too many pictures": (
-        question("x", *[HORSES] * 99),
+        question("x", *["data:,x"] * 600),
         "exceed_context_size_error",
-        "99 pictures do not fit",
+        "600 pictures do not fit",
     ),
     "broken base64": (question("x", PNG + "%%%"), "invalid_request_error", "data URI is damaged"),
     "no picture": (question("x", PNG + "aGFsbG8="), "invalid_request_error", "data:image/png"),
@@ -407,6 +416,23 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "no such schema": (schema({"$ref": "#/none"}), "invalid_request_error", "JSON schema"),
     "a schema of nothing": (schema({"enum": []}), "invalid_request_error", "grammar"),
     "a large schema": (schema({"enum": ["x" * 70_000]}), "invalid_request_error", "64 KiB"),
+    "a large grammar": (schema({"enum": ["x" * 40_000]}), "invalid_request_error", "simpler"),
+    # llama.cpp would be busy with these for minutes, and everybody would wait.
+    "a slow pattern": (
+        schema({"anyOf": [{"type": "string", "pattern": "^(a?){200}$"}]}),
+        "invalid_request_error",
+        "64 choices",
+    ),
+    "another": (
+        schema({"type": "string", "pattern": "^" + "a?" * 100 + "$"}),
+        "invalid_request_error",
+        "64 choices",
+    ),
+    "a nested one": (
+        schema({"type": "string", "pattern": "^((((a?){9}){9}){9}){9}$"}),
+        "invalid_request_error",
+        "64 choices",
+    ),
 }
 
 
@@ -473,8 +499,7 @@ def test_no_page_can_reach_it_by_another_name(server: Server) -> None:
 def test_a_client_that_goes_frees_its_place(server: Server) -> None:
     with busy(server, 4):
         wait_for(lambda: server.metric("requests_processing") == 4)
-    wait_for(lambda: idle(server))  # its clients have hung up; the answers had 300 tokens to go
-    assert server.metric("answers_total") == server.metric("answers_total")
+    wait_for(lambda: idle(server))  # its clients have hung up; the answers had many tokens to go
     body = json.dumps(question("x", max_tokens=LONG, **ENDLESS)).encode()
     with server.connect() as connection:  # one that waits for a whole answer
         connection.sendall(raw_post(body))
@@ -634,11 +659,10 @@ def test_a_model_that_cannot_be_loaded_ends_it(tmp_path: Path) -> None:
     shutil.copy(files.mmproj, tmp_path)
     (tmp_path / files.text.name).write_bytes(files.text.read_bytes()[:-100_000])
     command = [*COMMAND, "serve", str(tmp_path), "--device", "cpu", "--port", "0"]
-    for more in ([], ["--preload"]):
-        result = subprocess.run([*command, *more], capture_output=True, text=True, timeout=60)
-        assert result.returncode == 1
-        assert result.stderr.splitlines()[-1].startswith(f"Error: {tmp_path}")
-        assert "Traceback" not in result.stderr
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(f"Error: {tmp_path}")
+    assert "Traceback" not in result.stderr
 
 
 def test_sigterm_under_load_finishes_what_runs() -> None:
@@ -652,11 +676,12 @@ def test_sigterm_under_load_finishes_what_runs() -> None:
         wait_for(lambda: server.metric("requests_deferred") == 1)
         server.process.send_signal(signal.SIGTERM)
         texts = [read_all(connection).decode() for connection in streams]
-        for text in texts[:2]:
-            assert text.count('"content":') > 100
+        texts.sort(key=len)
+        for text in texts[1:]:
+            assert text.count('"content":') > 50
             assert '"finish_reason":"length"' in text
             assert "data: [DONE]" in text
-        assert '"unavailable_error"' in texts[2]
+        assert '"unavailable_error"' in texts[0]
         assert server.wait() == 0
 
 
@@ -687,9 +712,13 @@ def test_sleeping_waking_and_a_model_that_was_removed(tmp_path: Path) -> None:
     shutil.copytree(files.text.parent, model)
     with Server("--sleep-idle-seconds", "0.5", model=model) as server:
         wait_for(lambda: server.get("/health").status == 200)
-        shutil.move(model, tmp_path / "elsewhere")
-        want = server.post(question("Describe the image", HORSES))  # it is in memory
+        want = server.post(question("Describe the image", HORSES))
         assert want.status == 200
+        with busy(server) as (connection,):
+            shutil.move(model, tmp_path / "elsewhere")
+            rest = read_all(connection)
+        assert b'"finish_reason":"length"' in rest
+        assert b"data: [DONE]" in rest
         wait_for(lambda: server.metric("sleeping") == 1)
         assert server.get("/health").status == 200
         gone = server.post(question("Describe the image", HORSES))
@@ -873,10 +902,36 @@ def test_mistakes_of_ours_are_500_and_stay_in_the_log(
         reply = app.post(question("x"))
         assert (reply.status, reply.error["type"]) == (500, "server_error")
         monkeypatch.undo()
-        monkeypatch.setattr("omnivlm_edge.server.app._grammar", lambda _: 1 / 0)
+        monkeypatch.setattr("omnivlm_edge.server.app.read_form", lambda _: 1 / 0)
         reply = app.post(question("x"))
         assert (reply.status, reply.error["type"]) == (500, "server_error")
         assert b"division" not in reply.body
         monkeypatch.undo()
         assert app.post(question("x")).status == 200
     assert caplog.text.count("ZeroDivisionError") == 2
+
+
+# --- whatever the schema allows, and does not -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def api(tiny_model: Path) -> Iterator[Any]:
+    with App(tiny_model, seconds=1.0) as app:
+        yield schemathesis.openapi.from_asgi("/openapi.json", app.app)
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=str)
+def test_no_request_breaks_it(api: Any, mode: GenerationMode) -> None:
+    for result in api.get_all_operations():
+        operation = result.ok()
+        if mode is GenerationMode.NEGATIVE and not operation.body:
+            continue  # nothing could be wrong
+
+        @hypothesis.seed(7)
+        @hypothesis.settings(max_examples=25, deadline=None, database=None)
+        @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+        def check(case: Any) -> None:
+            # A body may be as the schema says and still ask for what cannot be.
+            case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+        check()

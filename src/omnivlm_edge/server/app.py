@@ -31,9 +31,10 @@ from ..errors import (
 )
 from ..generation import Generation
 from ..image import Pixels
-from ..openai_messages import read_conversation, response_grammar
+from ..openai_messages import read_conversation
 from ..scheduler import Delta, Job, Scheduler
 from ..values import Answer, Turn
+from .forms import read_form
 from .gate import Gate, GateRules, RequestLog
 from .metrics import Metrics
 from .pictures import PictureRules, decode, read_bytes
@@ -55,8 +56,6 @@ from .stream import Answers, ClientGoneError, EventStream, data
 
 _log = logging.getLogger(__name__)
 
-# A larger JSON schema makes a grammar that would hold up everybody.
-_MAX_SCHEMA = 64 * 1024
 # Pictures that are decoded at the same time: each may take 192 MB, and more threads than cores.
 _DECODERS = 2
 _PAGE_POLICY = (
@@ -294,7 +293,7 @@ class _Service:
         if n > self._settings.n_parallel:
             raise OptionError(f"n is {n}: it must be at most {self._settings.n_parallel}")
         deadline = time.monotonic() + self._settings.seconds
-        grammar = await anyio.to_thread.run_sync(_grammar, body)
+        grammar = await anyio.to_thread.run_sync(read_form, body.response_format)
         options = [body.options(choice, grammar) for choice in range(n)]
         system, turns = self._conversation(body, meta)
         turns = await self._with_pictures(turns, meta, deadline)
@@ -456,23 +455,6 @@ class _Service:
             )
         if self._settings.log_content:
             _log_of(request)["answers"] = [answer.text for answer in found.values()]
-
-
-def _grammar(body: ChatRequest) -> str | None:
-    """What the answer must look like, if anything. Raises OptionError."""
-    wanted = body.response_format
-    if wanted is None:
-        return None
-    form: dict[str, Any] = {"type": wanted.type, "schema": wanted.schema_}
-    if wanted.json_schema is not None:
-        form["json_schema"] = {"schema": wanted.json_schema.schema_}
-    try:
-        size = len(json.dumps(form))
-    except RecursionError:
-        size = _MAX_SCHEMA + 1
-    if size > _MAX_SCHEMA:
-        raise OptionError(f"response_format is larger than {_MAX_SCHEMA >> 10} KiB, or too deep")
-    return response_grammar(form)
 
 
 def _log_of(request: Request) -> dict[str, Any]:
