@@ -50,7 +50,8 @@ test-sanitize: $(VENV)/test.stamp
 	PYTHONPATH=build/sanitize LD_LIBRARY_PATH="$$($(BIN)/python -c 'import llama_cpp, os; print(os.path.dirname(llama_cpp.__file__) + "/lib")')" \
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(BIN)/python -m pytest tests/test_native.py \
-	    tests/test_precision.py -k "test_native or reference or any_type or low_memory_changes or batches or number"
+	    tests/test_precision.py tests/test_text_kernels.py \
+	    -k "test_native or reference or any_type or low_memory_changes or batches or number or text_kernels"
 
 # The CPU kernels of every instruction set that this machine has, against sums in double precision: as they are
 # shipped, then with AddressSanitizer and UBSan (and AVX-VNNI's in AVX-512's encoding, which more machines have).

@@ -7,6 +7,7 @@
 #include "peak.h"
 #include "quantize.h"
 #include "text-file.h"
+#include "text-kernels.h"
 #include "vision-encoder.h"
 
 #include <nanobind/nanobind.h>
@@ -267,6 +268,8 @@ NB_MODULE(_native, m) {
         "release_mappings", [](const nb::bytes & path) { release_mappings(path_of(path)); }, "path"_a,
         "Gives the memory behind this process's mappings of a file back; it is read again when touched.");
     m.def("ggml_version", &ggml_version);
+    m.def("install_text_kernels", &install_text_kernels,
+          "Lets llama.cpp multiply with 4-bit matrices by our kernels; False where there are none for this machine.");
     m.def(
         "inspect_text_file", [](const nb::bytes & path) { return inspect_text_file(path_of(path)); }, "path"_a,
         "Raises ModelFileError for damage in a text model's file that llama.cpp would not survive.");

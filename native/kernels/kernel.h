@@ -90,6 +90,71 @@ struct AttentionTask {
     float         scale;  // of the products before softmax
 };
 
+// Weights of 4 bits, as a text model has them. 32 values along the inner dimension, a block, stand for
+// scale * (codebook[q] - zero), less a minimum that the block has if the format has any.
+//
+// A panel holds 16 columns; for each block: 256 bytes of values, FP16 scale[16] and, if any, FP16 minimum[16]. Byte
+// [s][j][i] of the values, s < 4, j < 16, i < 4, is column j's value 4 s + i in its lower half, 16 + 4 s + i in its
+// upper one. Rows of activations lie block by block, too: int8 q[n_rows][32], then for each row a float scale, an
+// int32 that the sum of products starts at, for `zero`, and a float sum of scale * q, for the minimum.
+struct FourBitTask {
+    const char *    panels;
+    char *          rows;  // 64-byte aligned
+    float *         out;   // [n_rows][n_out]
+    int64_t         n_rows;
+    int64_t         n_out;     // a multiple of 16
+    int64_t         n_blocks;  // of 32
+    const uint8_t * codebook;  // [16]
+    int             zero;
+    bool            has_minimum;
+};
+
+constexpr int     FOUR_BIT_COLUMNS = 16;
+constexpr int64_t FOUR_BIT_BLOCK   = 32;
+
+OMNIVLM_ALWAYS_INLINE int64_t four_bit_block_bytes(bool has_minimum) {
+    return FOUR_BIT_COLUMNS * (FOUR_BIT_BLOCK / 2 + (has_minimum ? 4 : 2));
+}
+
+OMNIVLM_ALWAYS_INLINE int64_t four_bit_rows_bytes(int64_t n_rows) {  // of a block
+    return (n_rows * (FOUR_BIT_BLOCK + 12) + 63) / 64 * 64;
+}
+
+// How an instruction set multiplies with such weights. A row's result does not depend on the others' number.
+struct FourBitKernels {
+    bool is_signed;  // takes codebook[q] - zero as the codebook, and a zero of 0
+
+    // x [n_blocks * 32] -> row `r` of task.rows.
+    void (*write_row)(const FourBitTask & task, const float * x, int64_t r);
+
+    // The columns of the panels from `panel_begin` to `panel_end`.
+    void (*linear)(const FourBitTask & task, int64_t panel_begin, int64_t panel_end);
+};
+
+// Attention of a text model's newest tokens to the cells of its key-value cache, of which each query sees some. Several
+// query heads share a head of keys and values. Strides are in bytes.
+struct CachedAttentionTask {
+    const char * q;  // float
+    size_t       q_row, q_head;
+    const char * k;  // FP16
+    size_t       k_cell, k_head;
+    const char * v;  // FP16
+    size_t       v_cell, v_head;
+    const char * mask;  // FP16, minus infinity where a query does not see a cell, else 0
+    size_t       mask_row;
+    float *      out;  // [n_queries][n_heads][d]
+    int64_t      n_heads, n_heads_kv, n_cells, d;
+    float        scale;  // of the products before softmax
+};
+
+struct CachedAttentionKernels {
+    bool (*takes)(const CachedAttentionTask & task);  // whether the shapes are such that `run` can
+    size_t (*scratch_bytes)(const CachedAttentionTask & task);
+
+    // One query's heads that share one head of keys and values. `scratch` is a thread's own, 64-byte aligned.
+    void (*run)(const CachedAttentionTask & task, int64_t query, int64_t head_kv, char * scratch);
+};
+
 // All of one instruction set. Functions are reentrant; `scratch` is a thread's own, 64-byte aligned.
 struct Kernels {
     const char * name;
@@ -109,6 +174,10 @@ struct Kernels {
     // The queries from `query_begin` to `query_end`.
     void (*attention)(const AttentionTask & task, int64_t query_begin, int64_t query_end, char * scratch);
     size_t (*attention_scratch_bytes)(const AttentionTask & task);
+
+    // Null pointers where there are none.
+    FourBitKernels         four_bit;
+    CachedAttentionKernels cached_attention;
 
     Packing packing(Operand operand, int64_t n_in, int64_t block) const;  // `block` 0: one for all values
 };

@@ -740,7 +740,8 @@ template <class Isa> struct Loops {
         return weighted / total * scale[0] + scale[1];
     }
 
-    static constexpr Kernels table(const char * name, bool (*supported)()) {
+    static constexpr Kernels table(const char * name, bool (*supported)(), FourBitKernels four_bit = {},
+                                   CachedAttentionKernels cached_attention = {}) {
         return { name,
                  supported,
                  { Isa::int8(), Isa::bf16(), Isa::f32() },
@@ -748,7 +749,9 @@ template <class Isa> struct Loops {
                  write_panel,
                  linear,
                  attention,
-                 attention_scratch_bytes };
+                 attention_scratch_bytes,
+                 four_bit,
+                 cached_attention };
     }
 };
 

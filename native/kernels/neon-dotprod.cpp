@@ -1,6 +1,8 @@
 // arm64 with the dot products of ARMv8.2 (Cortex-A76 and later, Jetson Orin, Raspberry Pi 5, Apple M1).
 
+#include "cached-attention.h"
 #include "cpu.h"
+#include "four-bit.h"
 #include "instruction-sets.h"
 #include "loops.h"
 #include "neon.h"
@@ -9,23 +11,18 @@
 namespace omnivlm {
 namespace {
 
-struct Int8 : VectorNeon {
-    static constexpr int KP = 4, OPS = 32;
-
-    static int32x4_t dot(int32x4_t acc, int8x16_t a, int8x16_t b) { return vdotq_s32(acc, a, b); }
-};
-
 struct Isa {
     static constexpr float    INT8_MAX_ROW  = 255.0F;
     static constexpr unsigned INT8_ROW_BIAS = 128;  // the instruction multiplies signed values
 
-    static constexpr MicroKernel int8() { return micro_kernel<Int8, 5, 4>(); }
+    static constexpr MicroKernel int8() { return micro_kernel<DotProduct, 5, 4>(); }
     static constexpr MicroKernel bf16() { return micro_kernel<Bf16, 4, 4>(); }
     static constexpr MicroKernel f32() { return micro_kernel<F32, 5, 4>(); }
 };
 
 }  // namespace
 
-constexpr Kernels NEON_DOTPROD = Loops<Isa>::table("neon-dotprod", has_neon_dotprod);
+constexpr Kernels NEON_DOTPROD = Loops<Isa>::table("neon-dotprod", has_neon_dotprod, FourBit<DotProduct>::table(),
+                                                   CachedAttention<DotProduct>::table());
 
 }  // namespace omnivlm

@@ -30,6 +30,42 @@ struct VectorNeon {
     }
 };
 
+// The dot product of ARMv8.2, which the later instruction sets have, too.
+struct DotProduct : VectorNeon {
+    static constexpr int KP = 4, OPS = 32;
+
+    static int32x4_t dot(int32x4_t acc, int8x16_t a, int8x16_t b) { return vdotq_s32(acc, a, b); }
+
+    // For 4-bit weights (four-bit.h).
+    static constexpr bool SIGNED_WEIGHTS = true;
+
+    static int8x16_t lookup(const uint8_t * codebook) { return vreinterpretq_s8_u8(vld1q_u8(codebook)); }
+
+    static void unpack(int8x16_t bytes, int8x16_t codebook, int8x16_t & lower, int8x16_t & upper) {
+        const uint8x16_t halves = vreinterpretq_u8_s8(bytes);
+        lower                   = vqtbl1q_s8(codebook, vandq_u8(halves, vdupq_n_u8(15)));
+        upper                   = vqtbl1q_s8(codebook, vshrq_n_u8(halves, 4));
+    }
+
+    static int32x4_t load_halves(const char * p) {
+        const float16x4_t halves = vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t *>(p)));
+        return vreinterpretq_s32_f32(vcvt_f32_f16(halves));
+    }
+
+    static int32x4_t load_sums(const char * p) { return vld1q_s32(reinterpret_cast<const int32_t *>(p)); }
+    static int32x4_t splat(int32_t value) { return vdupq_n_s32(value); }
+
+    static int32x4_t add_scaled(int32x4_t sum, int32x4_t dots, int32x4_t scale, float factor) {
+        const float32x4_t product = vmulq_n_f32(vreinterpretq_f32_s32(scale), factor);
+        return vreinterpretq_s32_f32(vfmaq_f32(vreinterpretq_f32_s32(sum), vcvtq_f32_s32(dots), product));
+    }
+
+    static int32x4_t subtract_scaled(int32x4_t sum, int32x4_t minimum, float factor) {
+        const float32x4_t product = vreinterpretq_f32_s32(minimum);
+        return vreinterpretq_s32_f32(vfmsq_f32(vreinterpretq_f32_s32(sum), product, vdupq_n_f32(factor)));
+    }
+};
+
 // A BF16 is the upper half of an F32.
 struct Bf16 : VectorNeon {
     static constexpr int KP = 2, OPS = 16;

@@ -179,6 +179,11 @@ def release_mappings(path: bytes) -> None:
 
 def ggml_version() -> str: ...
 
+def install_text_kernels() -> bool:
+    """
+    Lets llama.cpp multiply with 4-bit matrices by our kernels; False where there are none for this machine.
+    """
+
 def inspect_text_file(path: bytes) -> TextFile:
     """
     Raises ModelFileError for damage in a text model's file that llama.cpp would not survive.

@@ -28,6 +28,7 @@ from ._native import (
     TextFile,
     importance_callback_address,
     inspect_text_file,
+    install_text_kernels,
     log_sink_address,
     release_mappings,
     take_log_error,
@@ -832,6 +833,7 @@ def _initialise_backend() -> None:
     """Once in the process."""
     _collect_log()
     llama_cpp.llama_backend_init()
+    install_text_kernels()
 
 
 def _collect_log() -> None:

@@ -104,6 +104,7 @@ class OmniVLM:
                 inspect_file(files.text),
                 inspect_file(files.mmproj),
                 n_ctx,
+                n_sequences=n_sequences,
                 precision=vision_precision,
                 low_memory=low_memory,
                 on_cpu=vision_device.kind == "cpu",

@@ -30,6 +30,7 @@ def memory_needed(
     vision: ModelFile,
     n_ctx: int,
     *,
+    n_sequences: int = 1,
     precision: str = "auto",
     low_memory: bool = False,
     on_cpu: bool = True,
@@ -39,7 +40,7 @@ def memory_needed(
     `precision`, `low_memory` and `on_cpu` say how pictures are encoded. Raises ModelFileError when
     the text model's header lacks its dimensions.
     """
-    n_ctx = min(n_ctx, text.number("context_length"))
+    n_ctx = min(n_ctx, text.number("context_length") * n_sequences)
     head = text.width // text.number("attention.head_count")
     kv_width = head * text.number("attention.head_count_kv")
     cache = 2 * 2 * text.number("block_count") * kv_width * n_ctx  # keys and values, 2 bytes each
@@ -61,12 +62,13 @@ def check_budget(
     vision: ModelFile,
     n_ctx: int,
     *,
+    n_sequences: int,
     precision: str,
     low_memory: bool,
     on_cpu: bool,
 ) -> None:
     """Raises OptionError for a model that takes more than `budget` bytes; says what would fit."""
-    need = partial(memory_needed, text, vision, n_ctx, on_cpu=on_cpu)
+    need = partial(memory_needed, text, vision, n_ctx, n_sequences=n_sequences, on_cpu=on_cpu)
     needed = need(precision=precision, low_memory=low_memory)
     if needed <= budget:
         return

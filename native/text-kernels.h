@@ -1,0 +1,13 @@
+// The text model's products with 4-bit weights, and its attention while it decodes, by our kernels inside llama.cpp.
+
+#pragma once
+
+namespace omnivlm {
+
+// From now on every model that llama.cpp loads to a CPU with `use_extra_bufts` keeps its 4-bit matrices as our
+// kernels want them, and every one on a CPU attends with them. Call it once, before a model is loaded and while nothing
+// computes. False, and nothing happens, where this machine has no such kernels, or ggml is not the one that this was
+// built for.
+bool install_text_kernels();
+
+}  // namespace omnivlm
