@@ -59,7 +59,10 @@ ALLOWED = {
         *("_native", "cache", "errors", "files", "image", "paths", "prompt", "values", "vision"),
     },
     "engine": STAGES
-    | {"_native", "cache", "chat", "errors", "files", "memory", "model_file", "paths", "values"},
+    | {
+        *("_native", "cache", "chat", "errors", "files", "generation", "memory", "model_file"),
+        *("paths", "values"),
+    },
     "imatrix": {"convert", "errors"},
     "calibration": {"_native", "engine", "errors", "image", "imatrix", "values"},
     "compare": STAGES | {"engine", "errors", "hub", "made_pictures", "model_file", "values"},
@@ -84,9 +87,17 @@ ALLOWED = {
             "grammar",
         ),
         *("hub", "image", "memory", "model_file", "models", "paths", "plot", "quantize"),
-        *("sources", "store", "values"),
+        *("server", "sources", "store", "values"),
     },
-    "chat_handler": STAGES - {"image", "models"} | {"errors", "grammar", "sources", "values"},
+    "chat_handler": STAGES - {"image", "models"}
+    | {"errors", "openai_messages", "sources", "values"},
+    "generation": {"decoder", "image", "values"},
+    "openai_messages": {"errors", "grammar", "values"},
+    "scheduler": {"engine", "errors", "generation", "values"},
+    "server": {
+        *("engine", "errors", "generation", "image", "openai_messages", "scheduler", "sources"),
+        "values",
+    },
     "__init__": {
         "engine",
         "chat",
@@ -142,7 +153,9 @@ def test_package_is_typed_and_the_stub_is_generated() -> None:
 
 
 MODULES = [
-    path for folder in (".", "cli", "quantize") for path in sorted((PACKAGE / folder).glob("*.py"))
+    path
+    for folder in (".", "cli", "quantize", "server")
+    for path in sorted((PACKAGE / folder).glob("*.py"))
 ]
 
 
