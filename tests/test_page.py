@@ -16,6 +16,7 @@ from PIL import Image, ImageChops
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from fake_openai import POLICY, UNAVAILABLE, FakeOpenAI
+from serving import Server
 
 HORSES = Path(__file__).parents[1] / "examples" / "horses.png"
 SHOPPING = HORSES.with_name("shopping.png")
@@ -59,7 +60,7 @@ def browser() -> Iterator[Browser]:
 class Opened:
     """Opens the page; at the end no request may have left the server, and no script failed."""
 
-    def __init__(self, browser: Browser, server: FakeOpenAI) -> None:
+    def __init__(self, browser: Browser, server: FakeOpenAI | Server) -> None:
         self._browser, self._server = browser, server
         self._contexts: list[Any] = []
         self._requests: list[str] = []
@@ -595,3 +596,28 @@ def test_the_page_needs_no_more_than_its_policy(opened: Opened, page_server: Fak
     text = response.text()
     assert not re.search(r"(innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval)\b", text)
     assert set(re.findall(r"https?://[^'\"\s)]+", text)) == {"http://www.w3.org/2000/svg"}
+
+
+# --- the real server ------------------------------------------------------------------------------
+
+
+def test_the_real_server_answers(browser: Browser) -> None:
+    with Server("--preload", "--api-key", "sesame") as server:
+        opened = Opened(browser, server)
+        page = opened()
+        page.get_by_label("API key").fill("wrong")
+        page.keyboard.press("Enter")
+        page.get_by_label("API key").fill("sesame")
+        page.keyboard.press("Enter")
+        expect(page.locator("#model")).to_have_text("demo")
+        add(page, HORSES)
+        ask(page, "Describe the image")
+        text = "The image shows three horses and one duck near the water."
+        expect(last(page, ".answer")).to_have_text(text)
+        expect(last(page, ".after")).to_contain_text("tokens/s")
+        ask(page, "Is there an egg?")
+        expect(page.locator(".after")).to_have_count(2)
+        expect(last(page, ".answer")).to_contain_text("No")
+        response = page.request.get(f"{server.url}/")
+        assert response.headers["content-security-policy"] == POLICY  # as in the tests above
+        opened.finish()
