@@ -133,6 +133,31 @@ def accuracy_table() -> str:
     return "\n".join(lines)
 
 
+def serve_table() -> str:
+    """Tokens a second of the servers in the newest run, by number of streams at once."""
+    lines = (RESULTS / "serve_load.jsonl").read_text().splitlines()
+    records = [r for r in map(json.loads, lines) if r["case"] == "throughput"]
+    newest = [r for r in records if r["time"] == records[-1]["time"]]
+    streams = [name.split()[1] for name in newest[0]["rates"] if name.startswith("whole")]
+    rows = [
+        "| tokens a second, all streams | " + " | ".join(streams) + " | first token, p50 and p90 |",
+        "|---|" + "---|" * (len(streams) + 1),
+    ]
+    for record in newest:
+        rates = [f"{record['rates'][f'whole {n}']['most']:.0f}" for n in streams]
+        waits = next(found for name, found in record["first_token"].items() if "text" in name)
+        wait = f"{waits['p50']:.2f} s, {waits['p90']:.2f} s"
+        rows.append(f"| {record['server']} | {' | '.join(rates)} | {wait} |")
+    rows += [
+        "",
+        f"Full-size synthetic 4-bit text model, {newest[0]['tokens']} tokens an answer, one to eight "
+        f"clients at once; first tokens of questions without a picture while eight clients ask on "
+        f"and on. {newest[0]['machine']['cpu']}, {newest[0]['threads']} threads, commit "
+        f"{newest[0]['commit']}. From `bench/results/serve_load.jsonl`.",
+    ]
+    return "\n".join(rows)
+
+
 def side_by_side_run() -> list[dict[str, Any]]:
     """The records of the newest run."""
     lines = (RESULTS / "side_by_side.jsonl").read_text().splitlines()
@@ -207,7 +232,7 @@ def _load_and_memory(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    tables = second_question_table, accuracy_table, loss_table, size_table
+    tables = second_question_table, serve_table, accuracy_table, loss_table, size_table
     print(*(table() for table in tables), sep="\n\n")
     if (RESULTS / "side_by_side.jsonl").exists():
         print("", side_by_side_tables(side_by_side_run()), sep="\n")
