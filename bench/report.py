@@ -150,9 +150,9 @@ def serve_table() -> str:
         rows.append(f"| {record['server']} | {' | '.join(rates)} | {wait} |")
     rows += [
         "",
-        f"Full-size synthetic 4-bit text model, {newest[0]['tokens']} tokens an answer, one to eight "
-        f"clients at once; first tokens of questions without a picture while eight clients ask on "
-        f"and on. {newest[0]['machine']['cpu']}, {newest[0]['threads']} threads, commit "
+        f"Full-size synthetic 4-bit text model, {newest[0]['tokens']} tokens an answer, one to "
+        "eight clients at once; first tokens of questions without a picture while eight clients "
+        f"ask on and on. {newest[0]['machine']['cpu']}, {newest[0]['threads']} threads, commit "
         f"{newest[0]['commit']}. From `bench/results/serve_load.jsonl`.",
     ]
     return "\n".join(rows)

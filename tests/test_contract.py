@@ -271,6 +271,7 @@ def test_readme_tables_come_from_the_committed_results() -> None:
     text = (ROOT / "README.md").read_text()
     assert report.side_by_side_tables(report.side_by_side_run()) in text
     assert report.second_question_table() in text
+    assert report.serve_table() in text
     assert report.accuracy_table() in text
     assert report.loss_table() in text
     assert report.size_table() in text
