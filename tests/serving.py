@@ -82,7 +82,7 @@ class Server:
     def __init__(
         self, *arguments: object, model: object = "demo", exit_code: int = 0, **env: str
     ) -> None:
-        options = ["--port", "0", "--device", "cpu", "--threads", "2", *arguments]
+        options = ["--port", "0", "--device", "cpu", "--threads", "1", *arguments]
         self.process = subprocess.Popen(
             [*COMMAND, "serve", str(model), *map(str, options)],
             stdin=subprocess.DEVNULL,

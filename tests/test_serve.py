@@ -65,7 +65,7 @@ def client(server: Server) -> OpenAI:
 
 @pytest.fixture(scope="module")
 def engine_demo() -> Iterator[OmniVLM]:
-    with OmniVLM("demo", device="cpu", n_threads=2, disk_cache=False) as model:
+    with OmniVLM("demo", device="cpu", n_threads=1, disk_cache=False) as model:
         yield model
 
 
