@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .errors import ModelFileError as ModelFileError
     from .errors import OmniVLMError as OmniVLMError
     from .errors import OptionError as OptionError
+    from .errors import OutputError as OutputError
     from .grammar import json_schema_grammar as json_schema_grammar
     from .quantize.file import quantize_file as quantize_file
     from .quantize.recipes import QuantizeOptions as QuantizeOptions
@@ -61,6 +62,7 @@ _HOME = {
     "OmniVLMChatHandler": "chat_handler",
     "OmniVLMError": "errors",
     "OptionError": "errors",
+    "OutputError": "errors",
     "QuantizeOptions": "quantize.recipes",
     "TextLoss": "compare",
     "Timings": "values",

@@ -240,6 +240,8 @@ class Scheduler:
         taken = sum(job.generation.n_positions for job in self._running)
         while self._waiting and len(self._running) < self._n_parallel:
             job = self._waiting[0]
+            if job._generation is None:  # it came after `_prepare_new`
+                break
             taken += job.generation.n_positions
             if taken > model.n_ctx_total:
                 break
@@ -277,6 +279,9 @@ class Scheduler:
                 job._prefill = model.prefill_steps(generation, _PREFILL_STEP)
             next(job._prefill)
             if generation.prefilled:  # its logits are there until the next step
+                if generation.choices:
+                    self._end(job, model.score(generation))
+                    return
                 job._decoding = True
                 job._since = time.perf_counter()
                 self._sample(job)
