@@ -14,6 +14,8 @@ from command import run
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUESTION = "Describe the image"
+# One thread: two of ggml's wait for each other where other programs run as well.
+PLACE = ("--device", "cpu", "-t", "1")
 
 
 def write_pictures(folder: Path, count: int) -> Path:
@@ -30,7 +32,7 @@ def write_pictures(folder: Path, count: int) -> Path:
 
 
 def batch(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
-    return run("batch", "demo", *arguments, "--device", "cpu", **env)
+    return run("batch", "demo", *arguments, *PLACE, **env)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

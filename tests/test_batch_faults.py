@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from batch_inputs import QUESTION, answers, batch, read_rows, write_pictures
+from batch_inputs import PLACE, QUESTION, answers, batch, read_rows, write_pictures
 from command import COMMAND
 from omnivlm_edge import ImageError
 from omnivlm_edge.image import load_image
 
 
 def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
-    command = [*COMMAND, "batch", "demo", *map(str, arguments), "--device", "cpu"]
+    command = [*COMMAND, "batch", "demo", *map(str, arguments), *PLACE]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload, no-any-return]
 
 
@@ -106,7 +106,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     separate = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
     command = [*COMMAND, "batch", "demo", str(photos), "-p", QUESTION]
-    command += ["-o", str(tmp_path / "disk" / "out.jsonl"), "-q", "--device", "cpu"]
+    command += ["-o", str(tmp_path / "disk" / "out.jsonl"), "-q", *PLACE]
     done = subprocess.run(
         [*separate, "sh", "-c", FULL_DISK, "sh", str(tmp_path / "disk"), *command],
         capture_output=True,

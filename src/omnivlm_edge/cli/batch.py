@@ -350,8 +350,9 @@ class Progress:
 
     def skip(self, n: int) -> None:
         """Rows that were there before."""
-        self._bar.initial += n  # they say nothing about the rate
-        self._bar.n += n
+        if not self._quiet:
+            self._bar.initial += n  # they say nothing about the rate
+            self._bar.n += n
 
     def note(self, row: Row) -> None:
         """A row that is written."""
