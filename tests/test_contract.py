@@ -60,6 +60,11 @@ ALLOWED = {
     },
     "engine": STAGES
     | {"_native", "cache", "chat", "errors", "files", "memory", "model_file", "paths", "values"},
+    "report": {"values"},
+    "batch": {
+        *("engine", "errors", "generation", "image", "report", "scheduler", "sources", "values"),
+    },
+    "ray": {"batch", "engine", "errors", "files", "models", "paths", "sources", "values"},
     "imatrix": {"convert", "errors"},
     "calibration": {"_native", "engine", "errors", "image", "imatrix", "values"},
     "compare": STAGES | {"engine", "errors", "hub", "made_pictures", "model_file", "values"},

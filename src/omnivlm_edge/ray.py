@@ -7,6 +7,7 @@ rows, so nothing is there twice; what Ray did not bring is asked for again, so n
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -241,6 +242,8 @@ def _connected(address: str) -> Iterator[None]:
         raise OmniVLMError(f"Ray cannot be reached at {address} ({exc})") from exc
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         yield
     finally:
