@@ -228,8 +228,8 @@ def batch_table() -> str:
     record = latest[-1]
     lines += [
         "",
-        f"Answers of {record['tokens']} tokens; full-size synthetic model with 4-bit files, but for "
-        f"the lines of the demo; {record['machine']['cpu']}, {record['threads']} threads, commit "
+        f"Answers of {record['tokens']} tokens; full-size synthetic model with 4-bit files, but "
+        f"for the lines of the demo; {record['machine']['cpu']}, {record['threads']} threads, commit "
         f"{record['commit']}. From `bench/results/batch.jsonl`.",
     ]
     return "\n".join(lines)

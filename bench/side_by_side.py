@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results" / "side_by_side.jsonl"
 SCRATCH = "side_by_side"
 WIDTH, HEIGHT = 1046, 1568  # pixels
 STAGES = ("preprocess", "encode", "prefill", "first_token", "decode")
-BATCH_REPEATS = 3  # at most: batches take long, and their minimum is what is shown
+BATCH_REPEATS = 2  # at most: batches take long, and their minimum is what is shown
 
 
 class Numbers(click.ParamType):

@@ -59,7 +59,10 @@ ALLOWED = {
         *("_native", "cache", "errors", "files", "image", "paths", "prompt", "values", "vision"),
     },
     "engine": STAGES
-    | {"_native", "cache", "chat", "errors", "files", "memory", "model_file", "paths", "values"},
+    | {
+        *("_native", "cache", "chat", "errors", "files", "generation", "memory", "model_file"),
+        *("paths", "values"),
+    },
     "report": {"values"},
     "batch": {
         *("engine", "errors", "generation", "image", "report", "scheduler", "sources", "values"),
@@ -78,6 +81,7 @@ ALLOWED = {
     | {"_native", "engine", "errors", "hub", "memory", "model_file", "values"},
     "cli": {
         *(
+            "batch",
             "bench",
             "calibration",
             "compare",
@@ -89,9 +93,18 @@ ALLOWED = {
             "grammar",
         ),
         *("hub", "image", "memory", "model_file", "models", "paths", "plot", "quantize"),
-        *("sources", "store", "values"),
+        *("ray", "report"),
+        *("server", "sources", "store", "values"),
     },
-    "chat_handler": STAGES - {"image", "models"} | {"errors", "grammar", "sources", "values"},
+    "chat_handler": STAGES - {"image", "models"}
+    | {"errors", "openai_messages", "sources", "values"},
+    "generation": {"decoder", "image", "values"},
+    "openai_messages": {"errors", "grammar", "values"},
+    "scheduler": {"engine", "errors", "generation", "values"},
+    "server": {
+        *("engine", "errors", "generation", "image", "openai_messages", "scheduler", "sources"),
+        "values",
+    },
     "__init__": {
         "engine",
         "chat",
@@ -147,7 +160,9 @@ def test_package_is_typed_and_the_stub_is_generated() -> None:
 
 
 MODULES = [
-    path for folder in (".", "cli", "quantize") for path in sorted((PACKAGE / folder).glob("*.py"))
+    path
+    for folder in (".", "cli", "quantize", "server")
+    for path in sorted((PACKAGE / folder).glob("*.py"))
 ]
 
 

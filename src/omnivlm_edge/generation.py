@@ -140,6 +140,8 @@ class Generation:
         if self.finished and not self._stop.met:
             rest = self._header.flush() + decoder.text(sequence, final=True)
             piece += self._stop.feed(rest) + self._stop.flush()
+            if self._stop.met:
+                self._finish_reason = "stop"
         now = time.perf_counter()
         self._decode_seconds += now - since
         self._first_token_seconds = self._first_token_seconds or now - self.started
