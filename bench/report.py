@@ -229,8 +229,8 @@ def batch_table() -> str:
     lines += [
         "",
         f"Answers of {record['tokens']} tokens; full-size synthetic model with 4-bit files, but "
-        f"for the lines of the demo; {record['machine']['cpu']}, {record['threads']} threads, commit "
-        f"{record['commit']}. From `bench/results/batch.jsonl`.",
+        f"for the lines of the demo; {record['machine']['cpu']}, {record['threads']} threads, "
+        f"commit {record['commit']}. From `bench/results/batch.jsonl`.",
     ]
     return "\n".join(lines)
 

@@ -236,7 +236,7 @@ def _connected(address: str) -> Iterator[None]:
         ray.init(
             address=None if address == "auto" else address,
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
         )
     except (ConnectionError, RuntimeError, ValueError) as exc:
         raise OmniVLMError(f"Ray cannot be reached at {address} ({exc})") from exc

@@ -359,8 +359,10 @@ def _schema() -> Any:
     pa = _pyarrow()
     text, number, whole = pa.string(), pa.float64(), pa.int64()
     tokens = ("prompt_tokens", "image_tokens", "cached_tokens", "completion_tokens")
-    times = ("load_ms", "preprocess_ms", "image_encode_ms", "prompt_ms", "ttft_ms")
-    times += ("predicted_ms", "predicted_per_second")
+    times = (
+        *("load_ms", "preprocess_ms", "image_encode_ms", "prompt_ms", "ttft_ms"),
+        *("predicted_ms", "predicted_per_second"),
+    )
     return pa.schema(
         {
             **dict.fromkeys(("key", "key_base64", "prompt", "answer", "finish_reason"), text),

@@ -100,6 +100,12 @@ class _Flow:
     results: queue.SimpleQueue[_Result]
     room: threading.Semaphore
     stop: threading.Event
+    jobs: set[Job] = field(default_factory=set)  # those that may not have ended
+
+    def abandon(self) -> None:
+        self.stop.set()
+        for job in list(self.jobs):
+            job.cancel()
 
 
 class Answerer:
@@ -152,9 +158,7 @@ class Answerer:
                     if ticket.left == 0:
                         flow.room.release()
         finally:
-            flow.stop.set()
-            if n_rows != n_all:
-                self._scheduler.abort()
+            flow.abandon()
 
     def close(self) -> None:
         """Ends the threads and frees the model."""
@@ -197,7 +201,10 @@ class Answerer:
             if flow.stop.is_set():
                 return
             jobs = [self._job(ticket, prompt, pixels, flow) for prompt in ticket.work.prompts]
+            flow.jobs.update(jobs)
             self._scheduler.submit(jobs)
+            if flow.stop.is_set():  # since when, nobody knows: maybe before they were there
+                flow.abandon()
         except Exception as error:
             for prompt in ticket.work.prompts:
                 self._end(ticket, prompt, error, flow)
@@ -213,9 +220,11 @@ class Answerer:
     def _job(self, ticket: _Ticket, prompt: str, pixels: Pixels, flow: _Flow) -> Job:
         def listen(update: Update) -> None:
             if isinstance(update, Answer | Exception):
+                flow.jobs.discard(job)
                 self._end(ticket, prompt, update, flow)
 
-        return Job(lambda model: self._task.make(model, pixels, prompt), listen)
+        job = Job(lambda model: self._task.make(model, pixels, prompt), listen)
+        return job
 
     def _end(self, ticket: _Ticket, prompt: str, result: Answer | Exception, flow: _Flow) -> None:
         if isinstance(result, _FATAL):

@@ -107,9 +107,10 @@ def answer_options(command: Callable[..., Any]) -> Callable[..., Any]:
         given = {field.name: parameters.pop(field.name) for field in fields(_Given)}
         return command(wanted=Wanted(_Given(**given)), **parameters)
 
+    made: Callable[..., Any] = bundled
     for option in reversed(_ANSWER_OPTIONS):
-        bundled = option(bundled)
-    return bundled
+        made = option(made)
+    return made
 
 
 def engine_options(n_ctx: int | None, n_ctx_help: str) -> Decorator:
@@ -129,8 +130,9 @@ def engine_options(n_ctx: int | None, n_ctx_help: str) -> Decorator:
             }
             return command(settings=settings, **parameters)
 
+        made: Callable[..., Any] = bundled
         for option in reversed(_ENGINE_OPTIONS):
-            bundled = option(bundled)
+            made = option(made)
         return setting(
             "-c",
             "--ctx-size",
@@ -138,7 +140,7 @@ def engine_options(n_ctx: int | None, n_ctx_help: str) -> Decorator:
             default=n_ctx,
             show_default=n_ctx is not None,
             help=n_ctx_help,
-        )(bundled)
+        )(made)
 
     return decorate
 
