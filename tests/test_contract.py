@@ -63,6 +63,11 @@ ALLOWED = {
         *("_native", "cache", "chat", "errors", "files", "generation", "memory", "model_file"),
         *("paths", "values"),
     },
+    "report": {"values"},
+    "batch": {
+        *("engine", "errors", "generation", "image", "report", "scheduler", "sources", "values"),
+    },
+    "ray": {"batch", "engine", "errors", "files", "models", "paths", "sources", "values"},
     "imatrix": {"convert", "errors"},
     "calibration": {"_native", "engine", "errors", "image", "imatrix", "values"},
     "compare": STAGES | {"engine", "errors", "hub", "made_pictures", "model_file", "values"},
@@ -76,6 +81,7 @@ ALLOWED = {
     | {"_native", "engine", "errors", "hub", "memory", "model_file", "values"},
     "cli": {
         *(
+            "batch",
             "bench",
             "calibration",
             "compare",
@@ -87,6 +93,7 @@ ALLOWED = {
             "grammar",
         ),
         *("hub", "image", "memory", "model_file", "models", "paths", "plot", "quantize"),
+        *("ray", "report"),
         *("server", "sources", "store", "values"),
     },
     "chat_handler": STAGES - {"image", "models"}

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .errors import ModelFileError as ModelFileError
     from .errors import OmniVLMError as OmniVLMError
     from .errors import OptionError as OptionError
+    from .errors import OutputError as OutputError
     from .errors import QueueFullError as QueueFullError
     from .grammar import json_schema_grammar as json_schema_grammar
     from .quantize.file import quantize_file as quantize_file
@@ -64,6 +65,7 @@ _HOME = {
     "OmniVLMChatHandler": "chat_handler",
     "OmniVLMError": "errors",
     "OptionError": "errors",
+    "OutputError": "errors",
     "QueueFullError": "errors",
     "QuantizeOptions": "quantize.recipes",
     "TextLoss": "compare",

@@ -275,6 +275,9 @@ class Scheduler:
                 job._prefill = model.prefill_steps(generation, _PREFILL_STEP)
             next(job._prefill)
             if generation.prefilled:  # its logits are there until the next step
+                if generation.choices:
+                    self._end(job, model.score(generation))
+                    return
                 job._decoding = True
                 job._since = time.perf_counter()
                 self._sample(job)

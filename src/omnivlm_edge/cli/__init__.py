@@ -1,7 +1,7 @@
 """The command line: arguments -> engine -> stdout (answers alone) and stderr (all the rest).
 
 One file per command; each imports what it needs inside, so that `--help` loads no llama.cpp.
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some rows of a batch failed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 
 from ..errors import OmniVLMError
+from .batch import batch
 from .bench import bench
 from .compare import compare
 from .completion import completion
@@ -31,6 +32,7 @@ EPILOG = """\b
 Examples:
   omnivlm-edge run omnivision -i photo.jpg -p "What is in the picture?"
   omnivlm-edge run demo
+  omnivlm-edge batch omnivision photos -p "Describe the image" -o photos.jsonl
   omnivlm-edge serve omnivision
   omnivlm-edge quantize omnivision small --q4_k_m
   omnivlm-edge doctor
@@ -48,7 +50,8 @@ Environment:
 \b
 Output and exit codes:
   Answers and results go to stdout, all else to stderr.
-  0 done, 1 failed, 2 wrong usage, 130 interrupted
+  0 done, 1 failed, 2 wrong usage, 3 some rows of a batch failed,
+  130 interrupted
 
 \b
 Files:
@@ -70,6 +73,7 @@ def cli() -> None:
 for command in (
     *(
         run,
+        batch,
         serve,
         pull,
         ls,
