@@ -75,6 +75,7 @@ class FakeGeneration:
     n_sampled: int = 0
     closed: bool = False
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    choices: dict[str, object] = field(default_factory=dict)  # none: tokens are sampled
 
     @property
     def n_positions(self) -> int:
