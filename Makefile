@@ -92,11 +92,12 @@ test-kernels-arm: $(VENV)/build.stamp
 
 # --- what the targets need ------------------------------------------------------------------------
 
-# llama-cpp-python comes first, compiled once, because our extension is linked to its libraries.
+# llama-cpp-python comes first, compiled once, because our extension is linked to its libraries. pip's cache keeps
+# what was compiled before without its CMAKE_ARGS, so that a build with some neither takes from it nor leaves any there.
 $(VENV)/build.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --upgrade pip
-	$(PIP) install scikit-build-core nanobind cmake ninja llama-cpp-python==0.3.36
+	$(PIP) install $(if $(CMAKE_ARGS),--no-cache-dir) scikit-build-core nanobind cmake ninja llama-cpp-python==0.3.36
 	touch $@
 
 $(VENV)/package.stamp: $(VENV)/build.stamp $(SOURCES)

@@ -184,6 +184,14 @@ def test_few_places_import_llama_cpp() -> None:
     assert users == {"chat_handler", "decoder", "grammar", "llama"}
 
 
+def test_the_command_line_alone_loads_neither_ggml_nor_llama_cpp() -> None:
+    program = (
+        "import sys, omnivlm_edge.cli\n"
+        "assert not {'llama_cpp', 'omnivlm_edge._native'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_model_md_lists_every_key_and_tensor(tiny_model: Path) -> None:
     text = (ROOT / "MODEL.md").read_text()
     (mmproj,) = tiny_model.glob("mmproj*.gguf")

@@ -114,6 +114,15 @@ def _outcome() -> int:
     except OmniVLMError as exc:
         click.echo(f"Error: {exc}", err=True)
         code = 1
+    except (ImportError, RuntimeError) as exc:
+        if not _is_missing_library(exc):
+            raise
+        click.echo(
+            f"Error: {exc}; install what this library belongs to, such as the GPU's driver or "
+            "toolkit, or build llama-cpp-python and omnivlm-edge anew (see Devices in the README)",
+            err=True,
+        )
+        code = 1
     except OSError as exc:
         if not isinstance(exc, BrokenPipeError):  # a reader that has enough is no error to tell
             click.echo(f"Error: the output cannot be written ({exc.strerror})", err=True)
@@ -122,3 +131,10 @@ def _outcome() -> int:
         code = 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over: Ctrl-C has nothing left to stop
     return code
+
+
+def _is_missing_library(exc: Exception) -> bool:
+    """Whether our extension, or llama-cpp-python in its own words, could not be loaded."""
+    if isinstance(exc, ImportError):
+        return not isinstance(exc, ModuleNotFoundError)
+    return str(exc).startswith("Failed to load shared library")
