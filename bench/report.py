@@ -232,10 +232,14 @@ def _load_and_memory(record: dict[str, Any]) -> str:
 
 
 def batch_table() -> str:
-    """Pictures per second of the newest run of bench/batch.py, and of its newest workers."""
+    """Pictures per second of the newest run of bench/batch.py."""
     records = [json.loads(line) for line in (RESULTS / "batch.jsonl").read_text().splitlines()]
     newest = {record["kind"]: record["run"] for record in records}
-    latest = [record for record in records if record["run"] == newest[record["kind"]]]
+    latest = [
+        record
+        for record in records
+        if record["run"] == newest[record["kind"]] and record["kind"] != "workers"
+    ]
     turns = {r["name"]: r["pictures_per_second"] for r in latest if r["kind"] == "turns"}
     one, stock = turns.get("ours, one at a time"), turns.get("llama.cpp, one at a time")
     lines = [

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from batch_inputs import QUESTION, answers, batch, read_rows, write_pictures
@@ -25,6 +26,7 @@ from omnivlm_edge import DeviceError, ImageError, OmniVLM, OptionError, OutputEr
 from omnivlm_edge.batch.inputs import Columns, Item, Slice, count_inputs, read_inputs, read_source
 from omnivlm_edge.batch.output import Output, decode_row, encode_row, key_of
 from omnivlm_edge.batch.runner import Answerer, Task, Work
+from omnivlm_edge.cli import cli
 
 DESCRIBED = "The image shows three horses and one duck near the water."
 
@@ -335,7 +337,8 @@ def test_usage_errors(photos: Path, tmp_path: Path) -> None:
         (photos, "-p", "x", *out, "--ray-actors", "3,1"),
         (photos, "-p", "x", *out, "--schema", "{}", "--choices", "a,b"),
     ):
-        assert batch(*wrong).returncode == 2, wrong
+        arguments = ["batch", "demo", *map(str, wrong)]
+        assert CliRunner().invoke(cli, arguments).exit_code == 2, wrong
     assert (
         "ends with .jsonl, .parquet or /" in batch(photos, "-p", "x", "-o", tmp_path / "out").stderr
     )

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -123,26 +122,30 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert len(answers(tmp_path / "whole.jsonl")) == 40
 
 
+# Every 100 microseconds a byte more.
+GROW = """
+import sys, time
+with open(sys.argv[1], "ab", buffering=0) as file:
+    while file.write(b"\\0"):
+        time.sleep(1e-4)
+"""
+
+
 def test_a_picture_that_changes_while_it_is_read(tmp_path: Path) -> None:
     path = write_pictures(tmp_path / "photos", 1) / "000.png"
     whole = path.read_bytes()
-    path.write_bytes(whole + bytes(30_000_000))
-    ended = threading.Event()
-
-    def grow() -> None:
-        with path.open("ab", buffering=0) as file:
-            while not ended.is_set():
-                file.write(b"\0")
-
-    writer = threading.Thread(target=grow)
-    writer.start()
+    os.truncate(path, 200_000_000)  # so that reading takes a while
+    writer = subprocess.Popen([sys.executable, "-c", GROW, str(path)])
     try:
+        size = path.stat().st_size
+        while path.stat().st_size == size:
+            time.sleep(0.01)
         with pytest.raises(ImageError, match="is changed while it is read"):
             load_image(path)
         result = batch(path, "-p", QUESTION, "-o", tmp_path / "out.jsonl")
     finally:
-        ended.set()
-        writer.join()
+        writer.kill()
+        writer.wait()
     assert result.returncode == 3
     assert "is changed while" in read_rows(tmp_path / "out.jsonl")[0]["error"]["message"]
     path.write_bytes(whole)
