@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,18 @@ import hypothesis
 import openai
 import pytest
 import schemathesis
+import uvicorn
 from openai import OpenAI
 from PIL import Image
 from schemathesis import GenerationMode
 from schemathesis.checks import positive_data_acceptance
+from uvicorn.server import ServerState
 
 from command import COMMAND
 from omnivlm_edge import GenerateOptions, OmniVLM, Turn
 from omnivlm_edge.models import find_model
 from omnivlm_edge.scheduler import Scheduler
-from omnivlm_edge.server import gate, stream
+from omnivlm_edge.server import gate, process, stream
 from omnivlm_edge.server.app import Settings, create_app, describe_model
 from omnivlm_edge.server.gate import MAX_BODY, GateRules
 from serving import (
@@ -828,6 +832,39 @@ def test_a_client_that_takes_nothing_counts_as_gone(
         body = json.dumps(question("x", max_tokens=400, stream=True)).encode()
         asyncio.run(app.call("POST", CHAT, [body], stuck_after=3))
         wait_for(lambda: app.scheduler.n_running == 0)
+
+
+def test_a_connection_without_a_request_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of one that its client closed nothing is left."""
+    made: list[weakref.ref[Any]] = []
+    monkeypatch.setattr(process, "_REQUEST_SECONDS", 1000)
+
+    async def connect() -> None:
+        config = uvicorn.Config(lambda: None, http=process._Protocol)
+        config.load()
+
+        def protocol() -> process._Protocol:
+            new = process._Protocol(config, ServerState(), {})
+            made.append(weakref.ref(new))
+            return new
+
+        loop = asyncio.get_running_loop()
+        listener = await loop.create_server(protocol, "127.0.0.1", 0)
+        address = listener.sockets[0].getsockname()
+        _, writer = await asyncio.open_connection(*address)
+        writer.write(b"GET")
+        writer.close()
+        while not made or made[0]() is not None:
+            await asyncio.sleep(0.01)
+            gc.collect()
+        monkeypatch.setattr(process, "_REQUEST_SECONDS", 0.1)
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(b"GET / HTTP/1.1\r\nHost: ")
+        assert await reader.read() == b""
+        writer.close()
+        listener.close()
+
+    asyncio.run(asyncio.wait_for(connect(), 30))
 
 
 def test_while_the_model_is_loaded(tiny_model: Path) -> None:

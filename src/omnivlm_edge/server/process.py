@@ -93,7 +93,11 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(_REQUEST_SECONDS, self._close_silent)
+        self._timer = self.loop.call_later(_REQUEST_SECONDS, self._close_silent)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()  # it would keep all of this in memory
+        super().connection_lost(exc)
 
     def _close_silent(self) -> None:
         if self.cycle is None:
