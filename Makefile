@@ -1,4 +1,4 @@
-# make demo | test | lint | test-reference | test-sanitize | test-kernels | test-kernels-arm
+# make demo | test | lint | test-reference | test-ray | test-sanitize | test-kernels | test-kernels-arm
 #      bench-kernels | format | stub | docs | clean
 #
 # Everything is installed into .venv; a second run finds it there and is quick.
@@ -13,13 +13,17 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE README.md \
 NATIVE  := $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h)
 LINTED  := src convert tests train bench docs
 
-.PHONY: demo test lint test-reference test-sanitize test-kernels test-kernels-arm bench-kernels format stub docs clean
+.PHONY: demo test lint test-reference test-ray test-sanitize test-kernels test-kernels-arm bench-kernels format stub docs clean
 
 demo: $(VENV)/package.stamp
 	$(BIN)/omnivlm-edge run demo -i examples/horses.png -p "Describe the image"
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m "not reference"
+	$(BIN)/python -m pytest -m "not reference and not ray"
+
+# A batch on clusters of Ray's, of processes on this machine, some of which are killed.
+test-ray: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m ray
 
 test-reference: $(VENV)/reference.stamp
 	$(BIN)/python -m pytest -m reference
@@ -88,8 +92,8 @@ test-kernels-arm: $(VENV)/build.stamp
 
 # --- what the targets need ------------------------------------------------------------------------
 
-# llama-cpp-python comes first, compiled once, because our extension is linked to its libraries. pip's
-# cache does not know CMAKE_ARGS: with them it is compiled, whatever wheel lies there.
+# llama-cpp-python comes first, compiled once, because our extension is linked to its libraries. pip's cache keeps
+# what was compiled before without its CMAKE_ARGS, so that a build with some neither takes from it nor leaves any there.
 $(VENV)/build.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --upgrade pip

@@ -3,6 +3,7 @@
     side_by_side_stages.png    what a picture and a first token take, by stage
     side_by_side_memory.png    the most memory that was resident
     side_by_side_threads.png   encode seconds against threads, of a run with several
+    batch.png                  what a picture costs, of the newest run of bench/batch.py
     side_by_side_batch.png     encode seconds of a picture against pictures in a call, likewise
 
 Times are minima. Needs the extra `plot`.
@@ -10,6 +11,7 @@ Times are minima. Needs the extra `plot`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,30 @@ def main(out_dir: Path) -> None:
             continue
         figure.savefig(path)
         click.echo(path)
+    batch = RESULTS / "batch.jsonl"
+    if batch.exists():
+        plot_many(batch).savefig(out_dir / "batch.png")
+        click.echo(out_dir / "batch.png")
+
+
+def plot_many(path: Path) -> Figure:
+    """On the left against the number of sequences, on the right against that of pictures."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    newest = {record["kind"]: record["run"] for record in records}
+    latest = [record for record in records if record["run"] == newest[record["kind"]]]
+    figure, panels = _panels()
+    for axes, kind, x, label in (
+        (panels[0], "batch", "n_parallel", "answers at a time (full size, 4 bits)"),
+        (panels[1], "demo", "pictures", "pictures (demo model)"),
+    ):
+        found = sorted((r[x], 1 / r["pictures_per_second"]) for r in latest if r["kind"] == kind)
+        if found:
+            axes.plot(*zip(*found, strict=True), "o-")
+            axes.set_xscale("log", base=2 if kind == "batch" else 10)
+        axes.set_ylim(bottom=0)
+        axes.set(xlabel=label, ylabel="seconds for a picture")
+        axes.grid(color="0.9")
+    return figure
 
 
 def plot_stages(records: Sequence[Record]) -> Figure:

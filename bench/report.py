@@ -141,6 +141,31 @@ def accuracy_table() -> str:
     return "\n".join(lines)
 
 
+def serve_table() -> str:
+    """Tokens a second of the servers in the newest run, by number of streams at once."""
+    lines = (RESULTS / "serve_load.jsonl").read_text().splitlines()
+    records = [r for r in map(json.loads, lines) if r["case"] == "throughput"]
+    newest = [r for r in records if r["time"] == records[-1]["time"]]
+    streams = [name.split()[1] for name in newest[0]["rates"] if name.startswith("whole")]
+    rows = [
+        "| tokens a second, all streams | " + " | ".join(streams) + " | first token, p50 and p90 |",
+        "|---|" + "---|" * (len(streams) + 1),
+    ]
+    for record in newest:
+        rates = [f"{record['rates'][f'whole {n}']['most']:.0f}" for n in streams]
+        waits = next(found for name, found in record["first_token"].items() if "text" in name)
+        wait = f"{waits['p50']:.2f} s, {waits['p90']:.2f} s"
+        rows.append(f"| {record['server']} | {' | '.join(rates)} | {wait} |")
+    rows += [
+        "",
+        f"Full-size synthetic 4-bit text model, {newest[0]['tokens']} tokens an answer, one to "
+        "eight clients at once; first tokens of questions without a picture while eight clients "
+        f"ask on and on. {newest[0]['machine']['cpu']}, {newest[0]['threads']} threads, commit "
+        f"{newest[0]['commit']}. From `bench/results/serve_load.jsonl`.",
+    ]
+    return "\n".join(rows)
+
+
 def side_by_side_run() -> list[dict[str, Any]]:
     """The records of the newest run."""
     lines = (RESULTS / "side_by_side.jsonl").read_text().splitlines()
@@ -214,9 +239,66 @@ def _load_and_memory(record: dict[str, Any]) -> str:
     return f"{record['load_seconds']:.2f} s | {record['peak_rss_mb']} MB"
 
 
+def batch_table() -> str:
+    """Pictures per second of the newest run of bench/batch.py."""
+    records = [json.loads(line) for line in (RESULTS / "batch.jsonl").read_text().splitlines()]
+    newest = {record["kind"]: record["run"] for record in records}
+    latest = [
+        record
+        for record in records
+        if record["run"] == newest[record["kind"]] and record["kind"] != "workers"
+    ]
+    turns = {r["name"]: r["pictures_per_second"] for r in latest if r["kind"] == "turns"}
+    one, stock = turns.get("ours, one at a time"), turns.get("llama.cpp, one at a time")
+    lines = [
+        "| | pictures/s | a picture | of ours one at a time | of llama.cpp | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in latest:
+        rate = record["pictures_per_second"]
+        full_size = record["kind"] in ("turns", "batch")
+        ratios = [f"{rate / other:.2f}×" if other and full_size else "" for other in (one, stock)]
+        lines.append(
+            f"| {record['name']} | {rate:.3f} | {1 / rate:.3f} s | {ratios[0]} | {ratios[1]} "
+            f"| {record['peak_rss_mb']} MB |"
+        )
+    record = latest[-1]
+    lines += [
+        "",
+        f"Answers of {record['tokens']} tokens; full-size synthetic model with 4-bit files, but "
+        f"for the lines of the demo; {record['machine']['cpu']}, {record['threads']} threads, "
+        f"commit {record['commit']}. From `bench/results/batch.jsonl`.",
+    ]
+    return "\n".join(lines)
+
+
+def worker_table() -> str:
+    """What several processes get done, and what memory they share."""
+    records = [json.loads(line) for line in (RESULTS / "batch.jsonl").read_text().splitlines()]
+    records = [record for record in records if record["kind"] == "workers"]
+    lines = [
+        "| | pictures/s | proportional set size, each | of it from files | private, each |",
+        "|---|---|---|---|---|",
+    ]
+    for record in (r for r in records if r["run"] == records[-1]["run"]):
+        memory = record["memory"]
+        means = [
+            sum(each[name] for each in memory) / len(memory)
+            for name in ("pss_mb", "pss_file_mb", "private_mb")
+        ]
+        lines.append(
+            f"| {record['name']} | {record['pictures_per_second']:.3f} | "
+            + " | ".join(f"{mean:.0f} MB" for mean in means)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    tables = second_question_table, accuracy_table, loss_table, size_table
+    tables = second_question_table, serve_table, accuracy_table, loss_table, size_table
     print(*(table() for table in tables), sep="\n\n")
     if (RESULTS / "side_by_side.jsonl").exists():
         print("", side_by_side_tables(side_by_side_run()), sep="\n")
+    if (RESULTS / "batch.jsonl").exists():
+        print("", batch_table(), "", worker_table(), sep="\n")
     plot()

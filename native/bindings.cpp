@@ -269,7 +269,7 @@ NB_MODULE(_native, m) {
         "Gives the memory behind this process's mappings of a file back; it is read again when touched.");
     m.def("ggml_version", &ggml_version);
     m.def("install_text_kernels", &install_text_kernels,
-          "Lets llama.cpp multiply with 4-bit matrices by our kernels; False where there are none for this machine.");
+          "Lets llama.cpp multiply and attend by our kernels; False where there are none for this machine.");
     m.def(
         "inspect_text_file", [](const nb::bytes & path) { return inspect_text_file(path_of(path)); }, "path"_a,
         "Raises ModelFileError for damage in a text model's file that llama.cpp would not survive.");

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import pexpect
 import pytest
 from PIL import Image
 
+import omnivlm_edge
 from command import COMMAND, run
 from omnivlm_edge import cli as commands
 from tiny_checkpoint import write_checkpoint
@@ -438,3 +440,23 @@ def test_help_and_version() -> None:
         "--seed",
     ):
         assert option in result.stdout
+
+
+def test_a_library_that_is_missing(tmp_path: Path) -> None:
+    # Our extension finds ggml beside its package, so that a copy of the package does not.
+    package = Path(omnivlm_edge.__file__).parent
+    shutil.copytree(package, tmp_path / "omnivlm_edge", ignore=shutil.ignore_patterns("*.gguf"))
+    for command in ("doctor", "bench"):
+        result = run(command, "demo", PYTHONPATH=str(tmp_path))
+        assert result.returncode == 1
+        assert re.fullmatch(r"Error: .*libggml.*; install what .*\n", result.stderr, re.S)
+        assert "Traceback" not in result.stderr
+    assert run("--version", PYTHONPATH=str(tmp_path)).returncode == 0
+
+
+def test_a_library_that_llama_cpp_python_misses(tmp_path: Path) -> None:
+    message = "Failed to load shared library 'libllama.so': libcuda.so.1: cannot open"
+    (tmp_path / "llama_cpp.py").write_text(f"raise RuntimeError({message!r})")
+    result = run("compare", "demo", "demo", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert re.fullmatch(rf"Error: {message}; install what .*\n", result.stderr)

@@ -59,7 +59,15 @@ ALLOWED = {
         *("_native", "cache", "errors", "files", "image", "paths", "prompt", "values", "vision"),
     },
     "engine": STAGES
-    | {"_native", "cache", "chat", "errors", "files", "memory", "model_file", "paths", "values"},
+    | {
+        *("_native", "cache", "chat", "errors", "files", "generation", "memory", "model_file"),
+        *("paths", "values"),
+    },
+    "report": {"values"},
+    "batch": {
+        *("engine", "errors", "generation", "image", "report", "scheduler", "sources", "values"),
+    },
+    "ray": {"batch", "engine", "errors", "files", "models", "paths", "sources", "values"},
     "imatrix": {"convert", "errors"},
     "calibration": {"_native", "engine", "errors", "image", "imatrix", "values"},
     "compare": STAGES | {"engine", "errors", "hub", "made_pictures", "model_file", "values"},
@@ -73,10 +81,12 @@ ALLOWED = {
     | {"_native", "engine", "errors", "hub", "memory", "model_file", "values"},
     "cli": {
         *(
+            "batch",
             "bench",
             "calibration",
             "compare",
             "convert",
+            "device",
             "doctor",
             "engine",
             "errors",
@@ -84,9 +94,18 @@ ALLOWED = {
             "grammar",
         ),
         *("hub", "image", "memory", "model_file", "models", "paths", "plot", "quantize"),
-        *("sources", "store", "values"),
+        *("ray", "report"),
+        *("server", "sources", "store", "values"),
     },
-    "chat_handler": STAGES - {"image", "models"} | {"errors", "grammar", "sources", "values"},
+    "chat_handler": STAGES - {"image", "models"}
+    | {"errors", "openai_messages", "sources", "values"},
+    "generation": {"decoder", "image", "values"},
+    "openai_messages": {"errors", "grammar", "values"},
+    "scheduler": {"engine", "errors", "generation", "values"},
+    "server": {
+        *("engine", "errors", "generation", "image", "openai_messages", "scheduler", "sources"),
+        "values",
+    },
     "__init__": {
         "engine",
         "chat",
@@ -142,7 +161,9 @@ def test_package_is_typed_and_the_stub_is_generated() -> None:
 
 
 MODULES = [
-    path for folder in (".", "cli", "quantize") for path in sorted((PACKAGE / folder).glob("*.py"))
+    path
+    for folder in (".", "cli", "quantize", "server")
+    for path in sorted((PACKAGE / folder).glob("*.py"))
 ]
 
 
@@ -162,6 +183,14 @@ def test_few_places_import_llama_cpp() -> None:
     pattern = re.compile(r"^\s*(import|from) llama_cpp", re.M)
     users = {path.stem for path in MODULES if pattern.search(path.read_text())}
     assert users == {"chat_handler", "decoder", "grammar", "llama"}
+
+
+def test_the_command_line_alone_loads_neither_ggml_nor_llama_cpp() -> None:
+    program = (
+        "import sys, omnivlm_edge.cli\n"
+        "assert not {'llama_cpp', 'omnivlm_edge._native'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_model_md_lists_every_key_and_tensor(tiny_model: Path) -> None:
@@ -258,6 +287,7 @@ def test_readme_tables_come_from_the_committed_results() -> None:
     text = (ROOT / "README.md").read_text()
     assert report.side_by_side_tables(report.side_by_side_run()) in text
     assert report.second_question_table() in text
+    assert report.serve_table() in text
     assert report.accuracy_table() in text
     assert report.loss_table() in text
     assert report.size_table() in text

@@ -53,3 +53,15 @@ def test_absent_device(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr("omnivlm_edge._native.devices", lambda: [BLAS, CPU])
     with pytest.raises(DeviceError, match="there is BLAS, CPU"):
         select_device(name)
+
+
+@pytest.mark.parametrize(
+    ("backends", "hint"), [(["CPU"], "must be built for it"), (["CUDA", "CPU"], "finds none")]
+)
+def test_absent_device_says_whether_it_was_built_for(
+    monkeypatch: pytest.MonkeyPatch, backends: list[str], hint: str
+) -> None:
+    monkeypatch.setattr("omnivlm_edge._native.devices", lambda: [CPU])
+    monkeypatch.setattr("omnivlm_edge._native.backends", lambda: backends)
+    with pytest.raises(DeviceError, match=hint):
+        select_device("cuda")

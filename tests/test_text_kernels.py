@@ -1,4 +1,4 @@
-"""The text model's 4-bit products by our kernels, against llama.cpp's own."""
+"""The text model by our kernels, against llama.cpp's own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiny_checkpoint import Dims, write_checkpoint
 # Rows of 256 values, so that K-quants can have them; a head of 336 columns, 21 panels.
 DIMS = Dims(text_hidden=256, text_heads=8, text_kv_heads=4, text_ffn=512, vocab=336)
 PROMPT = list(range(40, 117))  # more rows than the kernels take at a time
-RECIPES = ("q4_0", "iq4_nl", "q4_k_m")
+RECIPES = ("q4_0", "iq4_nl", "q4_k_m", "q8_0")
 
 
 @pytest.fixture(scope="module")

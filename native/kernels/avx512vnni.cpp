@@ -1,7 +1,8 @@
 // x86-64 with AVX-512 VNNI and BF16 (Zen 4 and later, Cooper Lake, Sapphire Rapids).
 
+#include "blockwise.h"
+#include "cached-attention.h"
 #include "cpu.h"
-#include "four-bit.h"
 #include "instruction-sets.h"
 #include "loops.h"
 #include "tile.h"
@@ -15,7 +16,7 @@ struct Int8 : Vector512 {
 
     static __m512i dot(__m512i acc, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(acc, a, b); }
 
-    // For 4-bit weights (four-bit.h).
+    // For blockwise.h and cached-attention.h.
     static constexpr bool SIGNED_WEIGHTS = false;
 
     static __m512i lookup(const uint8_t * codebook) {
@@ -65,6 +66,7 @@ struct Isa {
 
 }  // namespace
 
-constexpr Kernels AVX512_VNNI = Loops<Isa>::table("avx512-vnni", has_avx512_vnni, FourBit<Int8>::table());
+constexpr Kernels AVX512_VNNI =
+    Loops<Isa>::table("avx512-vnni", has_avx512_vnni, Blockwise<Int8>::table(), CachedAttention<Int8>::table());
 
 }  // namespace omnivlm

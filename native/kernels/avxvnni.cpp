@@ -1,7 +1,8 @@
 // x86-64 with 256-bit VNNI (Alder Lake and later, Zen 5).
 
+#include "blockwise.h"
+#include "cached-attention.h"
 #include "cpu.h"
-#include "four-bit.h"
 #include "instruction-sets.h"
 #include "loops.h"
 #include "tile.h"
@@ -27,7 +28,7 @@ struct Int8 : Vector256 {
 #endif
     }
 
-    // For 4-bit weights (four-bit.h).
+    // For blockwise.h and cached-attention.h.
     static constexpr bool SIGNED_WEIGHTS = false;
 
     static __m256i lookup(const uint8_t * codebook) {
@@ -69,6 +70,7 @@ struct Isa {
 
 }  // namespace
 
-constexpr Kernels AVX_VNNI = Loops<Isa>::table("avx-vnni", SUPPORTED, FourBit<Int8>::table());
+constexpr Kernels AVX_VNNI =
+    Loops<Isa>::table("avx-vnni", SUPPORTED, Blockwise<Int8>::table(), CachedAttention<Int8>::table());
 
 }  // namespace omnivlm

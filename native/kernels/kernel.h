@@ -90,14 +90,17 @@ struct AttentionTask {
     float         scale;  // of the products before softmax
 };
 
-// Weights of 4 bits, as a text model has them. 32 values along the inner dimension, a block, stand for
-// scale * (codebook[q] - zero), less a minimum that the block has if the format has any.
-//
-// A panel holds 16 columns; for each block: 256 bytes of values, FP16 scale[16] and, if any, FP16 minimum[16]. Byte
-// [s][j][i] of the values, s < 4, j < 16, i < 4, is column j's value 4 s + i in its lower half, 16 + 4 s + i in its
-// upper one. Rows of activations lie block by block, too: int8 q[n_rows][32], then for each row a float scale, an
-// int32 that the sum of products starts at, for `zero`, and a float sum of scale * q, for the minimum.
-struct FourBitTask {
+// Weights of 4 or 8 bits, as a text model has them. 32 values along the inner dimension, a block, share a scale: of 8
+// bits they stand for scale * (q - zero), of 4 bits for scale * (codebook[q] - zero), less a minimum that the block has
+// if the format has any.
+enum class Blocks { FOUR, FOUR_WITH_MINIMUM, EIGHT };
+
+// A panel holds 16 columns; for each block: its values, FP16 scale[16] and, if any, FP16 minimum[16].
+// Of 8 bits, byte [s][j][i], s < 8, j < 16, i < 4, is column j's value 4 s + i. Of 4 bits, byte [s][j][i], s < 4, is
+// its value 4 s + i in the lower half, 16 + 4 s + i in the upper one. Rows of activations lie block by block, too: int8
+// q[n_rows][32], then for each row a float scale, an int32 that the sum of products starts at, for `zero`, and a float
+// sum of scale * q, for the minimum.
+struct BlockwiseTask {
     const char *    panels;
     char *          rows;  // 64-byte aligned
     float *         out;   // [n_rows][n_out]
@@ -106,29 +109,57 @@ struct FourBitTask {
     int64_t         n_blocks;  // of 32
     const uint8_t * codebook;  // [16]
     int             zero;
-    bool            has_minimum;
+    Blocks          blocks;
 };
 
-constexpr int     FOUR_BIT_COLUMNS = 16;
-constexpr int64_t FOUR_BIT_BLOCK   = 32;
+constexpr int     BLOCKWISE_COLUMNS = 16;
+constexpr int64_t BLOCKWISE_BLOCK   = 32;
 
-OMNIVLM_ALWAYS_INLINE int64_t four_bit_block_bytes(bool has_minimum) {
-    return FOUR_BIT_COLUMNS * (FOUR_BIT_BLOCK / 2 + (has_minimum ? 4 : 2));
+OMNIVLM_ALWAYS_INLINE int64_t blockwise_value_bytes(Blocks blocks) {
+    return BLOCKWISE_COLUMNS * BLOCKWISE_BLOCK / (blocks == Blocks::EIGHT ? 1 : 2);
 }
 
-OMNIVLM_ALWAYS_INLINE int64_t four_bit_rows_bytes(int64_t n_rows) {  // of a block
-    return (n_rows * (FOUR_BIT_BLOCK + 12) + 63) / 64 * 64;
+OMNIVLM_ALWAYS_INLINE int64_t blockwise_block_bytes(Blocks blocks) {
+    return blockwise_value_bytes(blocks) + BLOCKWISE_COLUMNS * (blocks == Blocks::FOUR_WITH_MINIMUM ? 4 : 2);
+}
+
+OMNIVLM_ALWAYS_INLINE int64_t blockwise_rows_bytes(int64_t n_rows) {  // of a block
+    return (n_rows * (BLOCKWISE_BLOCK + 12) + 63) / 64 * 64;
 }
 
 // How an instruction set multiplies with such weights. A row's result does not depend on the others' number.
-struct FourBitKernels {
-    bool is_signed;  // takes codebook[q] - zero as the codebook, and a zero of 0
+struct BlockwiseKernels {
+    bool is_signed;  // takes values less `zero`, and a zero of 0
 
     // x [n_blocks * 32] -> row `r` of task.rows.
-    void (*write_row)(const FourBitTask & task, const float * x, int64_t r);
+    void (*write_row)(const BlockwiseTask & task, const float * x, int64_t r);
 
     // The columns of the panels from `panel_begin` to `panel_end`.
-    void (*linear)(const FourBitTask & task, int64_t panel_begin, int64_t panel_end);
+    void (*linear)(const BlockwiseTask & task, int64_t panel_begin, int64_t panel_end);
+};
+
+// Attention of a text model to the cells of its key-value cache, of which each query sees some. Several
+// query heads share a head of keys and values. Strides are in bytes.
+struct CachedAttentionTask {
+    const char * q;  // float
+    size_t       q_row, q_head;
+    const char * k;  // FP16
+    size_t       k_cell, k_head;
+    const char * v;  // FP16
+    size_t       v_cell, v_head;
+    const char * mask;  // FP16, minus infinity where a query does not see a cell, else 0
+    size_t       mask_row;
+    float *      out;  // [n_queries][n_heads][d]
+    int64_t      n_heads, n_heads_kv, n_cells, d;
+    float        scale;  // of the products before softmax
+};
+
+struct CachedAttentionKernels {
+    bool (*takes)(const CachedAttentionTask & task);  // whether the shapes are such that `run` can
+    size_t (*scratch_bytes)(const CachedAttentionTask & task);
+
+    // One query's heads that share one head of keys and values. `scratch` is a thread's own, 64-byte aligned.
+    void (*run)(const CachedAttentionTask & task, int64_t query, int64_t head_kv, char * scratch);
 };
 
 // All of one instruction set. Functions are reentrant; `scratch` is a thread's own, 64-byte aligned.
@@ -151,7 +182,9 @@ struct Kernels {
     void (*attention)(const AttentionTask & task, int64_t query_begin, int64_t query_end, char * scratch);
     size_t (*attention_scratch_bytes)(const AttentionTask & task);
 
-    FourBitKernels four_bit;  // null pointers where there are none
+    // Null pointers where there are none.
+    BlockwiseKernels       blockwise;
+    CachedAttentionKernels cached_attention;
 
     Packing packing(Operand operand, int64_t n_in, int64_t block) const;  // `block` 0: one for all values
 };

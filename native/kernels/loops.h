@@ -740,7 +740,8 @@ template <class Isa> struct Loops {
         return weighted / total * scale[0] + scale[1];
     }
 
-    static constexpr Kernels table(const char * name, bool (*supported)(), FourBitKernels four_bit = {}) {
+    static constexpr Kernels table(const char * name, bool (*supported)(), BlockwiseKernels blockwise = {},
+                                   CachedAttentionKernels cached_attention = {}) {
         return { name,
                  supported,
                  { Isa::int8(), Isa::bf16(), Isa::f32() },
@@ -749,7 +750,8 @@ template <class Isa> struct Loops {
                  linear,
                  attention,
                  attention_scratch_bytes,
-                 four_bit };
+                 blockwise,
+                 cached_attention };
     }
 };
 

@@ -1,7 +1,8 @@
 // arm64 with the dot products of ARMv8.2 (Cortex-A76 and later, Jetson Orin, Raspberry Pi 5, Apple M1).
 
+#include "blockwise.h"
+#include "cached-attention.h"
 #include "cpu.h"
-#include "four-bit.h"
 #include "instruction-sets.h"
 #include "loops.h"
 #include "neon.h"
@@ -21,6 +22,7 @@ struct Isa {
 
 }  // namespace
 
-constexpr Kernels NEON_DOTPROD = Loops<Isa>::table("neon-dotprod", has_neon_dotprod, FourBit<DotProduct>::table());
+constexpr Kernels NEON_DOTPROD = Loops<Isa>::table("neon-dotprod", has_neon_dotprod, Blockwise<DotProduct>::table(),
+                                                   CachedAttention<DotProduct>::table());
 
 }  // namespace omnivlm

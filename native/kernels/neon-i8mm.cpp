@@ -1,7 +1,8 @@
 // arm64 with the 8-bit matrix products of ARMv8.6 (Apple M2, Neoverse V1, Cortex-X2 and later).
 
+#include "blockwise.h"
+#include "cached-attention.h"
 #include "cpu.h"
-#include "four-bit.h"
 #include "instruction-sets.h"
 #include "loops.h"
 #include "neon.h"
@@ -75,6 +76,7 @@ struct Isa {
 
 }  // namespace
 
-constexpr Kernels NEON_I8MM = Loops<Isa>::table("neon-i8mm", has_neon_i8mm, FourBit<DotProduct>::table());
+constexpr Kernels NEON_I8MM =
+    Loops<Isa>::table("neon-i8mm", has_neon_i8mm, Blockwise<DotProduct>::table(), CachedAttention<DotProduct>::table());
 
 }  // namespace omnivlm

@@ -36,7 +36,7 @@ struct DotProduct : VectorNeon {
 
     static int32x4_t dot(int32x4_t acc, int8x16_t a, int8x16_t b) { return vdotq_s32(acc, a, b); }
 
-    // For 4-bit weights (four-bit.h).
+    // For blockwise.h and cached-attention.h.
     static constexpr bool SIGNED_WEIGHTS = true;
 
     static int8x16_t lookup(const uint8_t * codebook) { return vreinterpretq_s8_u8(vld1q_u8(codebook)); }

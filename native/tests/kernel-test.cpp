@@ -350,36 +350,45 @@ constexpr std::array<uint8_t, 16> CODEBOOK = {
 };
 constexpr int ZERO = 128;
 
-struct FourBitWeights {
+struct BlockwiseWeights {
     Memory              panels;
     std::vector<double> w;  // [n][k], what they stand for
 };
 
 // Reads what kernel.h says of the layout.
-FourBitWeights random_four_bit(int64_t n, int64_t n_blocks, bool has_minimum) {
-    std::mt19937   random(3);
-    const int64_t  k     = n_blocks * FOUR_BIT_BLOCK;
-    const int64_t  bytes = four_bit_block_bytes(has_minimum);
-    FourBitWeights result{ allocate(static_cast<size_t>(n / FOUR_BIT_COLUMNS * n_blocks * bytes)),
-                           std::vector<double>(static_cast<size_t>(n * k)) };
-    char *         at = result.panels.get();
-    for (int64_t panel = 0; panel < n / FOUR_BIT_COLUMNS; panel++) {
+BlockwiseWeights random_blockwise(int64_t n, int64_t n_blocks, Blocks blocks, bool is_signed) {
+    std::mt19937     random(3);
+    const int64_t    k     = n_blocks * BLOCKWISE_BLOCK;
+    const int64_t    bytes = blockwise_block_bytes(blocks);
+    BlockwiseWeights result{ allocate(static_cast<size_t>(n / BLOCKWISE_COLUMNS * n_blocks * bytes)),
+                             std::vector<double>(static_cast<size_t>(n * k)) };
+    char *           at = result.panels.get();
+    for (int64_t panel = 0; panel < n / BLOCKWISE_COLUMNS; panel++) {
         for (int64_t b = 0; b < n_blocks; b++, at += bytes) {
-            for (int64_t i = 0; i < 256; i++) {
+            const int64_t value_bytes = blockwise_value_bytes(blocks);
+            for (int64_t i = 0; i < value_bytes; i++) {
                 at[i] = static_cast<char>(random());
             }
-            for (int64_t j = 0; j < FOUR_BIT_COLUMNS; j++) {
+            for (int64_t j = 0; j < BLOCKWISE_COLUMNS; j++) {
                 const auto scale   = static_cast<uint16_t>(8 << 10 | (random() & 4095));
                 const auto minimum = static_cast<uint16_t>(14 << 10 | (random() & 1023));
-                std::memcpy(at + 256 + 2 * j, &scale, 2);
-                if (has_minimum) {
-                    std::memcpy(at + 288 + 2 * j, &minimum, 2);
+                double     less    = 0.0;
+                std::memcpy(at + value_bytes + 2 * j, &scale, 2);
+                if (blocks == Blocks::FOUR_WITH_MINIMUM) {
+                    std::memcpy(at + value_bytes + 32 + 2 * j, &minimum, 2);
+                    less = from_fp16(minimum);
                 }
-                for (int64_t i = 0; i < FOUR_BIT_BLOCK; i++) {
-                    const auto byte = static_cast<unsigned char>(at[i % 16 / 4 * 64 + j * 4 + i % 4]);
-                    const int  q    = CODEBOOK[i < 16 ? byte & 15 : byte >> 4] - ZERO;
-                    result.w[static_cast<size_t>((panel * FOUR_BIT_COLUMNS + j) * k + b * FOUR_BIT_BLOCK + i)] =
-                        from_fp16(scale) * q - (has_minimum ? from_fp16(minimum) : 0.0);
+                for (int64_t i = 0; i < BLOCKWISE_BLOCK; i++) {
+                    int q = 0;
+                    if (blocks == Blocks::EIGHT) {
+                        const char byte = at[i / 4 * 64 + j * 4 + i % 4];
+                        q = is_signed ? static_cast<signed char>(byte) : static_cast<unsigned char>(byte) - ZERO;
+                    } else {
+                        const auto byte = static_cast<unsigned char>(at[i % 16 / 4 * 64 + j * 4 + i % 4]);
+                        q               = CODEBOOK[i < 16 ? byte & 15 : byte >> 4] - ZERO;
+                    }
+                    result.w[static_cast<size_t>((panel * BLOCKWISE_COLUMNS + j) * k + b * BLOCKWISE_BLOCK + i)] =
+                        from_fp16(scale) * q - less;
                 }
             }
         }
@@ -387,63 +396,148 @@ FourBitWeights random_four_bit(int64_t n, int64_t n_blocks, bool has_minimum) {
     return result;
 }
 
-Matrix four_bit_product(const Kernels & kernels, const FourBitWeights & weights, const Matrix & x, int64_t m, int64_t n,
-                        int64_t n_blocks, bool has_minimum, std::vector<double> * stands_for = nullptr) {
+Matrix blockwise_product(const Kernels & kernels, const BlockwiseWeights & weights, const Matrix & x, int64_t m,
+                         int64_t n, int64_t n_blocks, Blocks blocks, std::vector<double> * stands_for = nullptr) {
     std::array<uint8_t, 16> codebook = CODEBOOK;
-    if (kernels.four_bit.is_signed) {
+    if (kernels.blockwise.is_signed) {
         for (uint8_t & value : codebook) {
             value = static_cast<uint8_t>(value - ZERO);
         }
     }
-    Matrix            out(static_cast<size_t>(m * n));
-    const Memory      rows = allocate(static_cast<size_t>(n_blocks * four_bit_rows_bytes(m)));
-    const FourBitTask task{ weights.panels.get(),
-                            rows.get(),
-                            out.data(),
-                            m,
-                            n,
-                            n_blocks,
-                            codebook.data(),
-                            kernels.four_bit.is_signed ? 0 : ZERO,
-                            has_minimum };
+    Matrix              out(static_cast<size_t>(m * n));
+    const Memory        rows = allocate(static_cast<size_t>(n_blocks * blockwise_rows_bytes(m)));
+    const BlockwiseTask task{ weights.panels.get(),
+                              rows.get(),
+                              out.data(),
+                              m,
+                              n,
+                              n_blocks,
+                              codebook.data(),
+                              kernels.blockwise.is_signed ? 0 : ZERO,
+                              blocks };
     for (int64_t r = 0; r < m; r++) {
-        kernels.four_bit.write_row(task, x.data() + r * n_blocks * FOUR_BIT_BLOCK, r);
+        kernels.blockwise.write_row(task, x.data() + r * n_blocks * BLOCKWISE_BLOCK, r);
     }
-    kernels.four_bit.linear(task, 0, n / FOUR_BIT_COLUMNS);
+    kernels.blockwise.linear(task, 0, n / BLOCKWISE_COLUMNS);
     for (int64_t r = 0; stands_for != nullptr && r < m; r++) {
-        for (int64_t i = 0; i < n_blocks * FOUR_BIT_BLOCK; i++) {
-            const char * block = rows.get() + i / FOUR_BIT_BLOCK * four_bit_rows_bytes(m);
+        for (int64_t i = 0; i < n_blocks * BLOCKWISE_BLOCK; i++) {
+            const char * block = rows.get() + i / BLOCKWISE_BLOCK * blockwise_rows_bytes(m);
             float        scale = 0.0F;
-            std::memcpy(&scale, block + m * FOUR_BIT_BLOCK + 4 * r, 4);
+            std::memcpy(&scale, block + m * BLOCKWISE_BLOCK + 4 * r, 4);
             stands_for->push_back(static_cast<double>(scale) *
-                                  static_cast<signed char>(block[r * FOUR_BIT_BLOCK + i % FOUR_BIT_BLOCK]));
+                                  static_cast<signed char>(block[r * BLOCKWISE_BLOCK + i % BLOCKWISE_BLOCK]));
         }
     }
     return out;
 }
 
-void test_four_bit(const Kernels & kernels, int64_t m, int64_t n, int64_t n_blocks, bool has_minimum) {
-    const std::string name = std::string(kernels.name) + " 4-bit " + std::to_string(m) + "x" + std::to_string(n) + "x" +
-                             std::to_string(n_blocks) + (has_minimum ? " with minimum" : "");
-    const int64_t        k       = n_blocks * FOUR_BIT_BLOCK;
-    const FourBitWeights weights = random_four_bit(n, n_blocks, has_minimum);
-    Matrix               x       = random_matrix(m, k, 1);
-    std::vector<double>  stands_for;
-    const Matrix         out = four_bit_product(kernels, weights, x, m, n, n_blocks, has_minimum, &stands_for);
+void test_blockwise(const Kernels & kernels, int64_t m, int64_t n, int64_t n_blocks, Blocks blocks) {
+    const std::string name = std::string(kernels.name) + " blockwise " + std::to_string(m) + "x" + std::to_string(n) +
+                             "x" + std::to_string(n_blocks) + " of kind " + std::to_string(static_cast<int>(blocks));
+    const int64_t          k       = n_blocks * BLOCKWISE_BLOCK;
+    const BlockwiseWeights weights = random_blockwise(n, n_blocks, blocks, kernels.blockwise.is_signed);
+    Matrix                 x       = random_matrix(m, k, 1);
+    std::vector<double>    stands_for;
+    const Matrix           out = blockwise_product(kernels, weights, x, m, n, n_blocks, blocks, &stands_for);
     check(relative_error(product(stands_for, weights.w, m, n, k), out) < 2e-6, name);
     check(relative_error(stands_for, x) < 0.02, name + ": rows");
     for (int64_t r = 0; r < m; r++) {  // alone and among others
         const Matrix row(x.begin() + r * k, x.begin() + (r + 1) * k);
-        const Matrix alone = four_bit_product(kernels, weights, row, 1, n, n_blocks, has_minimum);
+        const Matrix alone = blockwise_product(kernels, weights, row, 1, n, n_blocks, blocks);
         check(std::memcmp(alone.data(), out.data() + r * n, static_cast<size_t>(n) * 4) == 0, name + ": alone");
     }
     x[0]                  = std::nanf("");
     x[1]                  = INFINITY;
-    const Matrix poisoned = four_bit_product(kernels, weights, x, m, n, n_blocks, has_minimum);
+    const Matrix poisoned = blockwise_product(kernels, weights, x, m, n, n_blocks, blocks);
     for (int64_t i = 0; i < m * n; i++) {
         const bool is_nan = std::isnan(poisoned[static_cast<size_t>(i)]);
         check(is_nan == (i < n), name + ": not a number");
     }
+}
+
+uint16_t to_fp16(float value) {  // what is representable, or nearly so, and normal
+    uint32_t word = 0;
+    std::memcpy(&word, &value, 4);
+    const uint32_t exponent = (word >> 23 & 255) - 112;
+    return exponent > 30 ? 0 : static_cast<uint16_t>((word >> 16 & 0x8000) | exponent << 10 | (word >> 13 & 1023));
+}
+
+double signed_fp16(uint16_t half) {
+    return half == 0 ? 0.0 : (half & 0x8000 ? -1.0 : 1.0) * from_fp16(half & 0x7fff);
+}
+
+// Queries that see every second cell, the first of them only one.
+void test_cached_attention(const Kernels & kernels, int64_t n_queries, int64_t n_cells, int64_t n_heads,
+                           int64_t n_heads_kv, int64_t d) {
+    const Matrix          q = random_matrix(n_queries * n_heads, d, 1);
+    std::vector<uint16_t> k, v, mask(static_cast<size_t>(n_queries * n_cells), 0xfc00);
+    for (const float value : random_matrix(n_cells * n_heads_kv, d, 2)) {
+        k.push_back(to_fp16(value));
+    }
+    for (const float value : random_matrix(n_cells * n_heads_kv, d, 3)) {
+        v.push_back(to_fp16(value));
+    }
+    for (int64_t i = 0; i < n_queries * n_cells; i++) {
+        const int64_t query = i / n_cells, cell = i % n_cells;
+        if (query == 0 ? cell == n_cells - 1 : cell % 2 == query % 2 && cell > 0) {
+            mask[static_cast<size_t>(i)] = 0;
+        }
+    }
+    Matrix                    out(static_cast<size_t>(n_queries * n_heads * d), -1.0F);
+    const auto                row = static_cast<size_t>(d) * 2;
+    const CachedAttentionTask task{ reinterpret_cast<const char *>(q.data()),
+                                    static_cast<size_t>(n_heads * d) * 4,
+                                    static_cast<size_t>(d) * 4,
+                                    reinterpret_cast<const char *>(k.data()),
+                                    row * static_cast<size_t>(n_heads_kv),
+                                    row,
+                                    reinterpret_cast<const char *>(v.data()),
+                                    row * static_cast<size_t>(n_heads_kv),
+                                    row,
+                                    reinterpret_cast<const char *>(mask.data()),
+                                    static_cast<size_t>(n_cells) * 2,
+                                    out.data(),
+                                    n_heads,
+                                    n_heads_kv,
+                                    n_cells,
+                                    d,
+                                    0.1F };
+    const std::string name = std::string(kernels.name) + " cached attention " + std::to_string(n_queries) + "x" +
+                             std::to_string(n_cells) + "x" + std::to_string(n_heads) + "/" +
+                             std::to_string(n_heads_kv) + "x" + std::to_string(d);
+    check(kernels.cached_attention.takes(task), name + ": taken");
+    const Memory scratch = allocate(kernels.cached_attention.scratch_bytes(task));
+    for (int64_t i = 0; i < n_queries * n_heads_kv; i++) {
+        kernels.cached_attention.run(task, i / n_heads_kv, i % n_heads_kv, scratch.get());
+    }
+    std::vector<double> want;
+    for (int64_t query = 0; query < n_queries; query++) {
+        for (int64_t head = 0; head < n_heads; head++) {
+            const int64_t       group = n_heads / n_heads_kv;
+            std::vector<double> values(static_cast<size_t>(d));
+            double              sum = 0.0;
+            for (int64_t cell = 0; cell < n_cells; cell++) {
+                if (mask[static_cast<size_t>(query * n_cells + cell)] != 0) {
+                    continue;
+                }
+                const int64_t at      = (cell * n_heads_kv + head / group) * d;
+                double        product = 0.0;
+                for (int64_t i = 0; i < d; i++) {
+                    product += static_cast<double>(q[static_cast<size_t>((query * n_heads + head) * d + i)]) *
+                               signed_fp16(k[static_cast<size_t>(at + i)]);
+                }
+                const double weight = std::exp(product * static_cast<double>(0.1F) - 60.0);
+                sum += weight;
+                for (int64_t i = 0; i < d; i++) {
+                    values[static_cast<size_t>(i)] += weight * signed_fp16(v[static_cast<size_t>(at + i)]);
+                }
+            }
+            for (const double value : values) {
+                want.push_back(value / sum);
+            }
+        }
+    }
+    check(relative_error(want, out) < 1e-5, name);
 }
 
 void test(const Kernels & kernels) {
@@ -470,11 +564,17 @@ void test(const Kernels & kernels) {
     }
     for (const int64_t m : { 1, 2, 7, 64, 67 }) {
         for (const auto & [n, n_blocks] : std::vector<std::array<int64_t, 2>>{ { 16, 1 }, { 48, 3 }, { 32, 28 } }) {
-            for (const bool has_minimum : { false, true }) {
-                if (kernels.four_bit.linear != nullptr) {
-                    test_four_bit(kernels, m, n, n_blocks, has_minimum);
+            for (const Blocks blocks : { Blocks::FOUR, Blocks::FOUR_WITH_MINIMUM, Blocks::EIGHT }) {
+                if (kernels.blockwise.linear != nullptr) {
+                    test_blockwise(kernels, m, n, n_blocks, blocks);
                 }
             }
+        }
+    }
+    if (kernels.cached_attention.run != nullptr) {
+        for (const int64_t n_cells : { 3, 16, 200 }) {
+            test_cached_attention(kernels, 3, n_cells, 14, 2, 64);
+            test_cached_attention(kernels, 2, n_cells, 4, 4, 128);
         }
     }
     test_extremes(kernels);
@@ -549,20 +649,20 @@ void speed(const Kernels & kernels) {
                     4.0 * static_cast<double>(n * n * d) / best / 1e9);
     }
     for (const int64_t m : { 1, 2, 8, 119 }) {
-        if (kernels.four_bit.linear == nullptr) {
+        if (kernels.blockwise.linear == nullptr) {
             continue;
         }
-        const int64_t        n = 4864, n_blocks = 28;
-        const FourBitWeights weights = random_four_bit(n, n_blocks, false);
-        const Matrix         x       = random_matrix(m, n_blocks * FOUR_BIT_BLOCK, 1);
-        double               best    = 1e9;
+        const int64_t          n = 4864, n_blocks = 28;
+        const BlockwiseWeights weights = random_blockwise(n, n_blocks, Blocks::FOUR, kernels.blockwise.is_signed);
+        const Matrix           x       = random_matrix(m, n_blocks * BLOCKWISE_BLOCK, 1);
+        double                 best    = 1e9;
         for (int i = 0; i < 20; i++) {
             const double start = seconds();
-            four_bit_product(kernels, weights, x, m, n, n_blocks, false);
+            blockwise_product(kernels, weights, x, m, n, n_blocks, Blocks::FOUR);
             best = std::min(best, seconds() - start);
         }
         std::printf("%-14s 4-bit %3ld rows %6.1f GOP/s\n", kernels.name, static_cast<long>(m),
-                    2.0 * static_cast<double>(m * n * n_blocks * FOUR_BIT_BLOCK) / best / 1e9);
+                    2.0 * static_cast<double>(m * n * n_blocks * BLOCKWISE_BLOCK) / best / 1e9);
     }
 }
 

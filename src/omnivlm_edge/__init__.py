@@ -25,11 +25,14 @@ if TYPE_CHECKING:
     from .errors import ClosedError as ClosedError
     from .errors import ContextOverflowError as ContextOverflowError
     from .errors import ConvertError as ConvertError
+    from .errors import DeadlineError as DeadlineError
     from .errors import DeviceError as DeviceError
     from .errors import ImageError as ImageError
     from .errors import ModelFileError as ModelFileError
     from .errors import OmniVLMError as OmniVLMError
     from .errors import OptionError as OptionError
+    from .errors import OutputError as OutputError
+    from .errors import QueueFullError as QueueFullError
     from .grammar import json_schema_grammar as json_schema_grammar
     from .quantize.file import quantize_file as quantize_file
     from .quantize.recipes import QuantizeOptions as QuantizeOptions
@@ -49,6 +52,7 @@ _HOME = {
     "ClosedError": "errors",
     "ContextOverflowError": "errors",
     "ConvertError": "errors",
+    "DeadlineError": "errors",
     "DeviceError": "errors",
     "ExamQuestion": "compare",
     "GenerateOptions": "values",
@@ -61,6 +65,8 @@ _HOME = {
     "OmniVLMChatHandler": "chat_handler",
     "OmniVLMError": "errors",
     "OptionError": "errors",
+    "OutputError": "errors",
+    "QueueFullError": "errors",
     "QuantizeOptions": "quantize.recipes",
     "TextLoss": "compare",
     "Timings": "values",

@@ -181,7 +181,7 @@ def ggml_version() -> str: ...
 
 def install_text_kernels() -> bool:
     """
-    Lets llama.cpp multiply with 4-bit matrices by our kernels; False where there are none for this machine.
+    Lets llama.cpp multiply and attend by our kernels; False where there are none for this machine.
     """
 
 def inspect_text_file(path: bytes) -> TextFile:

@@ -11,7 +11,7 @@ from .values import VISION_PRECISIONS
 
 MAX_THREADS = 512  # GGML_MAX_N_THREADS in ggml
 
-# Names that users type -> how ggml's device names begin.
+# Names that users type -> ggml's backends, with whose names those of their devices begin.
 _PREFIXES = {"cuda": "CUDA", "metal": "MTL", "vulkan": "Vulkan", "sycl": "SYCL", "rocm": "ROCm"}
 
 
@@ -44,7 +44,9 @@ def select_device(name: str) -> Device:
     if matches:
         return matches[0]
     hint = ""
-    if wanted == "gpu" or wanted in _PREFIXES:
+    if _PREFIXES.get(wanted) in _native.backends():
+        hint = "; llama-cpp-python is built for it, but finds none: see that its driver works"
+    elif wanted == "gpu" or wanted in _PREFIXES:
         hint = "; llama-cpp-python must be built for it (see the README)"
     names = ", ".join(d.name for d in devices)
     raise DeviceError(f"device '{name}' does not exist here: there is {names}{hint}")

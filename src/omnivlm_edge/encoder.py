@@ -91,9 +91,9 @@ class PictureEncoder:
                 f"{path} takes {n_embd}: the two files are of different models"
             )
 
-    def preprocess(self, image: ImageSource) -> Pixels:
+    def preprocess(self, image: ImageSource, name: str | None = None) -> Pixels:
         """Stage 1 alone, which several threads may do at once. Raises as `image.load_image`."""
-        return images.preprocess(image, self.hparams.image_size)
+        return images.preprocess(image, self.hparams.image_size, name)
 
     def encode(self, image: ImageSource | Pixels) -> ImageEmbedding:
         """Encodes one picture; see `encode_batch`."""

@@ -194,12 +194,13 @@ class OmniVLM:
             path: loaded_digest(path, loaded, self._hashes) for path, loaded in self._loaded.items()
         }
 
-    def preprocess(self, image: ImageSource) -> Pixels:
+    def preprocess(self, image: ImageSource, name: str | None = None) -> Pixels:
         """A picture as the model sees it, for `encode`; several threads may do this at once.
 
-        Raises ImageError (see `image.load_image`), ClosedError.
+        `name` is what messages call it, if not by its path. Raises ImageError (see
+        `image.load_image`), ClosedError.
         """
-        return self._open_encoder().preprocess(image)
+        return self._open_encoder().preprocess(image, name)
 
     def encode(self, image: ImageSource | Pixels) -> ImageEmbedding:
         """Encodes a picture once, for any number of questions.
@@ -303,23 +304,44 @@ class OmniVLM:
 
         Raises as `answer`, and OptionError for fewer than two choices, equal or empty ones.
         """
-        names = _check_choices(choices)
-        spellings = [_spellings(name) for name in names]
-        tokens = {
-            spelling: self._decoder.tokenize([prompts.Piece(spelling, special=False)])
-            for choice in spellings
-            for spelling in choice
-        }
-        longest = GenerateOptions(max_tokens=max(map(len, tokens.values())))
         turns = [Turn(prompt, _as_tuple(image))]
-        with closing(self._prepare(turns, longest, system, "shorten the choices")) as generation:
+        with closing(self.prepare_choice(turns, choices, system)) as generation:
             self._prefill(generation)
-            found = self._decoder.score(generation.sequence, list(tokens.values()))
-        scores = dict(zip(tokens, found, strict=True))  # log-probabilities
-        together = [np.logaddexp.reduce([scores[text] for text in choice]) for choice in spellings]
+            return self.score(generation).choices
+
+    def prepare_choice(
+        self, turns: Sequence[Turn], choices: Sequence[str], system: str | None = None
+    ) -> Generation:
+        """An answer that is one of `choices`, before any work; once prefilled, `score` it.
+
+        Raises OptionError for fewer than two choices, equal or empty ones, and as `prepare`.
+        """
+        tokens = {
+            name: [
+                self._decoder.tokenize([prompts.Piece(spelling, special=False)])
+                for spelling in sorted(_spellings(name))
+            ]
+            for name in _check_choices(choices)
+        }
+        longest = max(len(spelling) for choice in tokens.values() for spelling in choice)
+        options = GenerateOptions(max_tokens=longest)
+        generation = self._prepare(turns, options, system, "shorten the choices")
+        generation.choices = tokens
+        return generation
+
+    def score(self, generation: Generation) -> Answer:
+        """The answer of `prepare_choice`, when its prompt has been prefilled."""
+        started = time.perf_counter()
+        spellings = [spelling for choice in generation.choices.values() for spelling in choice]
+        scores = iter(self._decoder.score(generation.sequence, spellings))  # log-probabilities
+        together = [
+            np.logaddexp.reduce([next(scores) for _ in choice])
+            for choice in generation.choices.values()
+        ]
         shares = np.exp(np.asarray(together) - np.logaddexp.reduce(together))
-        chances = zip(names, map(float, shares), strict=True)
-        return dict(sorted(chances, key=lambda chance: -chance[1]))
+        chances = zip(generation.choices, map(float, shares), strict=True)
+        likeliest = dict(sorted(chances, key=lambda chance: -chance[1]))
+        return generation.chosen(likeliest, time.perf_counter() - started)
 
     def logits_along(
         self, image: ImageSource | ImageEmbedding, prompt: str, tokens: Sequence[int]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -66,6 +66,8 @@ class Generation:
         self._finish_reason: FinishReason = "length"
         self._header = _HeaderFilter(decoder.special_token("<|im_start|>"))
         self._stop = _StopFilter(options.stop)
+        #: Names to be scored, each with the tokens of its spellings; see `OmniVLM.score`.
+        self.choices: dict[str, list[Tokens]] = {}
 
     @property
     def waiting(self) -> Iterator[ImageSource | Pixels]:
@@ -138,6 +140,8 @@ class Generation:
         if self.finished and not self._stop.met:
             rest = self._header.flush() + decoder.text(sequence, final=True)
             piece += self._stop.feed(rest) + self._stop.flush()
+            if self._stop.met:
+                self._finish_reason = "stop"
         now = time.perf_counter()
         self._decode_seconds += now - since
         self._first_token_seconds = self._first_token_seconds or now - self.started
@@ -164,6 +168,20 @@ class Generation:
             tokens=tuple(self._tokens),
             images=self.images,
             logprobs=tuple(self.logprobs),
+        )
+
+    def chosen(self, choices: dict[str, float], seconds: float) -> Answer:
+        """The answer when choices were scored: no tokens, but the likeliest of them."""
+        answer = self.answer()
+        timings = replace(
+            answer.timings, decode=seconds, first_token=time.perf_counter() - self.started
+        )
+        return replace(
+            answer,
+            text=next(iter(choices)),
+            finish_reason="stop",
+            choices=choices,
+            timings=timings,
         )
 
     def close(self) -> None:

@@ -31,6 +31,8 @@ _HEIF_BRANDS = frozenset(
 # No others of Pillow's: some hand strangers' bytes to outside programs (EPS: Ghostscript).
 _FORMATS = "JPEG MPO PNG WEBP GIF BMP DIB TIFF PPM ICO AVIF HEIF".split()
 
+_READINGS = 3  # of a file that changes meanwhile
+
 _warnings_lock = threading.Lock()  # the filters that catch_warnings restores are the process's
 
 
@@ -123,13 +125,13 @@ def load_image(
         raise ImageError(f"{name}: is damaged and cannot be decoded ({exc})") from exc
 
 
-def preprocess(source: ImageSource, size: int) -> Pixels:
+def preprocess(source: ImageSource, size: int, name: str | None = None) -> Pixels:
     """A picture from anywhere -> the square of `size` pixels that a model sees.
 
-    Raises ImageError as `load_image`.
+    `name` and errors as for `load_image`.
     """
     started = time.perf_counter()
-    picture = load_image(source)
+    picture = load_image(source, name)
     data = resize(picture.image, size)
     return Pixels(data, picture.name, picture.seconds + time.perf_counter() - started)
 
@@ -199,12 +201,25 @@ def _read_file(path: Path, name: str) -> BinaryIO:
     try:
         if path.exists() and not path.is_file():
             raise ImageError(f"{name}: is not a file; give the path of a picture")
-        return io.BytesIO(path.read_bytes())
+        return io.BytesIO(_read_unchanged(path, name))
     except FileNotFoundError as exc:
         raise ImageError(f"{name}: there is no such file; check the picture's path") from exc
     except (OSError, ValueError) as exc:
         reason = getattr(exc, "strerror", None) or exc
         raise ImageError(f"{name}: cannot be read ({reason})") from exc
+
+
+def _read_unchanged(path: Path, name: str) -> bytes:
+    """A file's content, of one moment: half of an old picture and half of a new one is none."""
+    for _ in range(_READINGS):
+        with path.open("rb") as file:
+            before = os.fstat(file.fileno())
+            data = file.read()
+            after = os.fstat(file.fileno())
+        unchanged = before.st_mtime_ns == after.st_mtime_ns and before.st_size == after.st_size
+        if unchanged and len(data) == after.st_size:
+            return data
+    raise ImageError(f"{name}: is changed while it is read; try again when it is complete")
 
 
 def _read_object(source: BinaryIO) -> BinaryIO:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from ._native import cpu_precision
 from .errors import DeviceError, OptionError
 from .model_file import ModelFile
 
@@ -77,6 +76,8 @@ def _shapes(file: ModelFile, prefix: str) -> list[Sequence[int]]:
 
 
 def _vision_memory(vision: ModelFile, precision: str, low_memory: bool, on_cpu: bool) -> int:
+    from ._native import cpu_precision  # here, because commands that load no model need no ggml
+
     resolved = cpu_precision(precision) if on_cpu else "ggml"
     if resolved == "ggml":
         return vision.size

@@ -6,6 +6,7 @@ a piece of a prompt, so that none of this stops a running answer for longer than
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -122,11 +123,6 @@ class Scheduler:
         """Whether the model was freed because nobody asked for it."""
         return self._loaded.is_set() and self._model is None
 
-    @property
-    def loaded(self) -> bool:
-        """Whether the model has been loaded for the first time."""
-        return self._loaded.is_set() and self._failure is None
-
     def wait_until_loaded(self, seconds: float | None = None) -> None:
         """Raises what `load` raised, if it did."""
         self._loaded.wait(seconds)
@@ -154,12 +150,6 @@ class Scheduler:
             self._changed.notify()
         self._thread.join()
 
-    def abort(self) -> None:
-        """Ends all jobs within one step, unfinished, and tells nobody."""
-        with self._changed:
-            for job in [*self._waiting, *self._running]:
-                job.cancel()
-
     # ---- the scheduler's thread -----------------------------------------------------------------
 
     def _work(self) -> None:
@@ -174,7 +164,9 @@ class Scheduler:
                 self._step()
             except Exception:  # a mistake of ours must not leave everybody waiting for ever
                 _log.exception("the scheduler failed")
-                self._fail_all(OmniVLMError("the answer failed; the server's log says why"))
+                with self._changed:
+                    for job in [*self._running, *self._waiting]:
+                        self._end(job, _mistake())
         self._free_model()
 
     def _wait_for_work(self) -> bool:
@@ -212,10 +204,20 @@ class Scheduler:
         for job in refused:
             job.listener(error)
 
-    def _fail_all(self, error: OmniVLMError) -> None:
-        with self._changed:
-            for job in [*self._running, *self._waiting]:
-                self._end(job, error)
+    @contextlib.contextmanager
+    def _failing(self, jobs: Sequence[Job]) -> Iterator[None]:
+        """What fails within ends these jobs, and no others."""
+        error: OmniVLMError
+        try:
+            yield
+            return
+        except OmniVLMError as failure:
+            error = failure
+        except Exception:  # a mistake of ours
+            _log.exception("an answer failed")
+            error = _mistake()
+        for job in jobs:
+            self._end(job, error)
 
     def _drop_abandoned(self) -> None:
         now = time.monotonic()
@@ -226,20 +228,20 @@ class Scheduler:
                     self._end(job, late)
 
     def _prepare_new(self, model: OmniVLM) -> None:
-        for job in list(self._waiting):
-            if job._generation is not None:
-                continue
-            try:
+        with self._changed:
+            new = [job for job in self._waiting if job._generation is None]
+        for job in new:
+            with self._failing([job]):
                 job._generation = job.make(model)
                 job.listener(Accepted())
-            except OmniVLMError as error:
-                self._end(job, error)
 
     def _admit(self, model: OmniVLM) -> None:
         """In their order: a long prompt is not overtaken for ever by short ones."""
         taken = sum(job.generation.n_positions for job in self._running)
         while self._waiting and len(self._running) < self._n_parallel:
             job = self._waiting[0]
+            if job._generation is None:  # came after `_prepare_new`
+                break
             taken += job.generation.n_positions
             if taken > model.n_ctx_total:
                 break
@@ -255,14 +257,10 @@ class Scheduler:
         batch = [(job, next(job.generation.waiting)) for job in jobs[:n_most]]
         if not batch:
             return
-        try:
+        with self._failing([job for job, _ in batch]):
             embeddings = model.encode_batch([picture for _, picture in batch])
-        except OmniVLMError as error:
-            for job, _ in batch:
-                self._end(job, error)
-            return
-        for (job, _), embedding in zip(batch, embeddings, strict=True):
-            job.generation.put(embedding)
+            for (job, _), embedding in zip(batch, embeddings, strict=True):
+                job.generation.put(embedding)
 
     def _prefill(self, model: OmniVLM) -> None:
         """One step for the first answer that has all its pictures, and no logits yet."""
@@ -272,33 +270,30 @@ class Scheduler:
         else:
             return
         generation = job.generation
-        try:
+        with self._failing([job]):
             if job._prefill is None:
                 job._prefill = model.prefill_steps(generation, _PREFILL_STEP)
             next(job._prefill)
             if generation.prefilled:  # its logits are there until the next step
+                if generation.choices:
+                    self._end(job, model.score(generation))
+                    return
                 job._decoding = True
                 job._since = time.perf_counter()
                 self._sample(job)
-        except OmniVLMError as error:
-            self._end(job, error)
 
     def _decode(self, model: OmniVLM) -> None:
         """One step for all answers that have sampled a token."""
         jobs = [job for job in self._running if job._decoding]
         if not jobs:
             return
-        try:
+        decoded = False
+        with self._failing(jobs):
             model.decode([job.generation for job in jobs])
-        except OmniVLMError as error:
-            for job in jobs:
-                self._end(job, error)
-            return
-        for job in jobs:
-            try:
+            decoded = True
+        for job in jobs if decoded else ():
+            with self._failing([job]):
                 self._sample(job)
-            except OmniVLMError as error:
-                self._end(job, error)
 
     def _sample(self, job: Job) -> None:
         generation = job.generation
@@ -322,3 +317,7 @@ class Scheduler:
             job._generation.close()
         if not job._cancelled:
             job.listener(result)
+
+
+def _mistake() -> OmniVLMError:
+    return OmniVLMError("the answer failed; the log says why")

@@ -28,8 +28,8 @@ MAX_SECONDS = 10  # for an address: name lookup, redirects and download together
 MAX_REDIRECTS = 5
 MAX_MATCHES = 64  # of a pattern: more pictures fit no context, and all of them into memory at once
 
-# Of what image.py reads; in a directory other files are passed over.
-_SUFFIXES = tuple(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .heic .heif .avif".split())
+#: Of what image.py reads; in a directory other files are passed over.
+PICTURE_SUFFIXES = tuple(".jpg .jpeg .png .webp .gif .bmp .tif .tiff .heic .heif .avif".split())
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: the last four bytes are IPv4
 _SITE_LOCAL = ipaddress.ip_network("fec0::/10")  # RFC 3879: deprecated, but private
@@ -53,7 +53,7 @@ def read_sources(text: str, *, allow_private: bool = False) -> list[Picture]:
         return [load_image(_read_stdin(), "standard input")]
     if text == "clipboard:":
         return _read_clipboard()
-    if "://" in text or _is_data_uri(text):
+    if is_address(text):
         return [read_address(text, allow_private=allow_private)]
     paths = _find_files(text)
     if len(paths) > MAX_MATCHES:
@@ -77,7 +77,7 @@ def find_pictures(text: str) -> list[str]:
                 os.path.join(directory, name)
                 for directory, _, names in os.walk(path)
                 for name in names
-                if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+                if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")
             )
             found += sorted(filter(os.path.isfile, below), key=_natural)
         elif os.path.isfile(path):
@@ -85,8 +85,13 @@ def find_pictures(text: str) -> list[str]:
     if not found and not os.path.exists(os.path.expanduser(text)):
         raise ImageError(f"{shorten(text)}: there is no such file, nor one that matches it")
     if not found:
-        raise ImageError(f"{shorten(text)}: holds no pictures ({' '.join(_SUFFIXES)})")
+        raise ImageError(f"{shorten(text)}: holds no pictures ({' '.join(PICTURE_SUFFIXES)})")
     return found
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is for `read_address`, and no path."""
+    return "://" in text or _is_data_uri(text)
 
 
 def read_address(address: str, *, allow_private: bool = False) -> Picture:

@@ -169,7 +169,8 @@ class Answer:
     `prompt_tokens` counts every position before the answer: `image_tokens` of them are pictures',
     `cached_tokens` were in the context from before, or came from disk, and cost next to nothing.
     `tokens` are the sampled ones, without the one that ended the answer; `images` are the pictures
-    of the prompt; `logprobs` stand beside `tokens`, if they were asked for.
+    of the prompt; `logprobs` stand beside `tokens`, if they were asked for. Where choices were
+    scored instead of tokens sampled, `choices` has their probabilities, and `text` the likeliest.
     """
 
     text: str
@@ -182,3 +183,4 @@ class Answer:
     tokens: tuple[int, ...] = field(default=(), repr=False)
     images: tuple[ImageEmbedding, ...] = field(default=(), repr=False)
     logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+    choices: dict[str, float] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """The command line: arguments -> engine -> stdout (answers alone) and stderr (all the rest).
 
 One file per command; each imports what it needs inside, so that `--help` loads no llama.cpp.
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 some rows of a batch failed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 
 from ..errors import OmniVLMError
+from .batch import batch
 from .bench import bench
 from .compare import compare
 from .completion import completion
@@ -31,6 +32,7 @@ EPILOG = """\b
 Examples:
   omnivlm-edge run omnivision -i photo.jpg -p "What is in the picture?"
   omnivlm-edge run demo
+  omnivlm-edge batch omnivision photos -p "Describe the image" -o photos.jsonl
   omnivlm-edge serve omnivision
   omnivlm-edge quantize omnivision small --q4_k_m
   omnivlm-edge doctor
@@ -48,7 +50,8 @@ Environment:
 \b
 Output and exit codes:
   Answers and results go to stdout, all else to stderr.
-  0 done, 1 failed, 2 wrong usage, 130 interrupted
+  0 done, 1 failed, 2 wrong usage, 3 some rows of a batch failed,
+  130 interrupted
 
 \b
 Files:
@@ -70,6 +73,7 @@ def cli() -> None:
 for command in (
     *(
         run,
+        batch,
         serve,
         pull,
         ls,
@@ -110,6 +114,15 @@ def _outcome() -> int:
     except OmniVLMError as exc:
         click.echo(f"Error: {exc}", err=True)
         code = 1
+    except (ImportError, RuntimeError) as exc:
+        if not _is_missing_library(exc):
+            raise
+        click.echo(
+            f"Error: {exc}; install what this library belongs to, such as the GPU's driver or "
+            "toolkit, or build llama-cpp-python and omnivlm-edge anew (see Devices in the README)",
+            err=True,
+        )
+        code = 1
     except OSError as exc:
         if not isinstance(exc, BrokenPipeError):  # a reader that has enough is no error to tell
             what = "the output cannot be written"
@@ -121,3 +134,10 @@ def _outcome() -> int:
         code = 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over: Ctrl-C has nothing left to stop
     return code
+
+
+def _is_missing_library(exc: Exception) -> bool:
+    """Whether our extension, or llama-cpp-python in its own words, could not be loaded."""
+    if isinstance(exc, ImportError):
+        return not isinstance(exc, ModuleNotFoundError)
+    return str(exc).startswith("Failed to load shared library")

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 from click.shell_completion import CompletionItem
 
 from ..errors import OptionError
 from ..files import check_writable
-from ..values import VISION_PRECISIONS
+from ..values import MAX_SEED, VISION_PRECISIONS, GenerateOptions
 
 if TYPE_CHECKING:
     from ..values import ModelFiles
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+#: What `OmniVLM` takes besides the model, the context and the cache.
+EngineSettings: TypeAlias = "dict[str, Any]"
+
+DEFAULTS = GenerateOptions()
 MODEL_NAMES = ("demo", "omnivision", "omnivlm", "omnivision-ocr", "omnivision-preview")
 
 
@@ -51,6 +57,183 @@ def vision_precision_option() -> Decorator:
         show_default=True,
         help="How pictures are encoded on a CPU; auto is int8 where the CPU is made for it.",
     )
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The options of `answer_options`, as they were given."""
+
+    system: str | None
+    max_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    seed: int | None
+    schema: str | None
+    grammar: Path | None
+    choices: str | None
+
+
+class Wanted:
+    """What the user wants answers to be like."""
+
+    def __init__(self, given: _Given) -> None:
+        if sum(bool(option) for option in (given.schema, given.grammar, given.choices)) > 1:
+            raise click.UsageError("--schema, --grammar and --choices exclude each other")
+        self._given = given
+        self.system = given.system
+        self.choices = tuple(given.choices.split(",")) if given.choices is not None else ()
+
+    def options(self) -> GenerateOptions:
+        """Reads the schema's or the grammar's file. Raises OptionError."""
+        given = self._given
+        return GenerateOptions(
+            max_tokens=given.max_tokens,
+            temperature=given.temperature,
+            top_k=given.top_k,
+            top_p=given.top_p,
+            min_p=given.min_p,
+            repeat_penalty=given.repeat_penalty,
+            seed=given.seed,
+            grammar=_read_grammar(given.schema, given.grammar),
+        )
+
+
+def answer_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of what answers are like; the command gets them as `wanted`."""
+
+    @functools.wraps(command)
+    def bundled(**parameters: Any) -> Any:
+        given = {field.name: parameters.pop(field.name) for field in fields(_Given)}
+        return command(wanted=Wanted(_Given(**given)), **parameters)
+
+    made: Callable[..., Any] = bundled
+    for option in reversed(_ANSWER_OPTIONS):
+        made = option(made)
+    return made
+
+
+def engine_options(n_ctx: int | None, n_ctx_help: str) -> Decorator:
+    """The options of how a model is run: `ctx_size`, and all others as `settings`."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def bundled(**parameters: Any) -> Any:
+            settings: EngineSettings = {
+                "device": parameters.pop("device"),
+                "n_threads": parameters.pop("threads"),
+                "n_gpu_layers": parameters.pop("n_gpu_layers"),
+                "mmproj_offload": not parameters.pop("no_mmproj_offload"),
+                "vision_precision": parameters.pop("vision_precision"),
+                "low_memory": parameters.pop("low_memory"),
+                "max_ram": parameters.pop("max_ram"),
+            }
+            return command(settings=settings, **parameters)
+
+        made: Callable[..., Any] = bundled
+        for option in reversed(_ENGINE_OPTIONS):
+            made = option(made)
+        return setting(
+            "-c",
+            "--ctx-size",
+            type=click.IntRange(min=1),
+            default=n_ctx,
+            show_default=n_ctx is not None,
+            help=n_ctx_help,
+        )(made)
+
+    return decorate
+
+
+_ANSWER_OPTIONS = (
+    setting("-s", "--system", help="System text, instead of the model's own."),
+    setting(
+        "-n",
+        "--max-tokens",
+        type=click.IntRange(min=1),
+        help="Longest answer, in tokens.  [default: 512, or what fits]",
+    ),
+    setting(
+        "--temp",
+        "--temperature",
+        "temperature",
+        type=click.FloatRange(min=0),
+        default=DEFAULTS.temperature,
+        show_default=True,
+        help="0 is greedy: the same answer every time.",
+    ),
+    setting(
+        "--top-k",
+        type=click.IntRange(min=0),
+        default=DEFAULTS.top_k,
+        show_default=True,
+        help="Sample from the K likeliest tokens; 0: all.",
+    ),
+    setting(
+        "--top-p",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=DEFAULTS.top_p,
+        show_default=True,
+        help="… from the likeliest that make up P together; 1: all.",
+    ),
+    setting(
+        "--min-p",
+        type=click.FloatRange(0, 1, max_open=True),
+        default=DEFAULTS.min_p,
+        show_default=True,
+        help="… from those at least P times as likely as the first.",
+    ),
+    setting(
+        "--repeat-penalty",
+        type=click.FloatRange(min=0, min_open=True),
+        default=DEFAULTS.repeat_penalty,
+        show_default=True,
+        help="Above 1: repeat the last 64 tokens less.",
+    ),
+    setting("--seed", type=click.IntRange(0, MAX_SEED), help="Makes a random answer repeatable."),
+    click.option(
+        "--schema", metavar="FILE|JSON", help="Answer with JSON that this JSON schema admits."
+    ),
+    click.option(
+        "--grammar",
+        type=click.Path(path_type=Path),
+        help="Answer with a text that this GBNF grammar admits.",
+    ),
+    click.option(
+        "--choices", metavar="A,B…", help="Answer with the probability of each of these choices."
+    ),
+)
+
+_ENGINE_OPTIONS = (
+    setting(
+        "-t", "--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: all cores]"
+    ),
+    setting(
+        "--device", default="auto", show_default=True, help="auto, cpu, cuda, metal, vulkan, …"
+    ),
+    setting(
+        "-ngl",
+        "--n-gpu-layers",
+        type=click.IntRange(min=0),
+        help="Layers of the text model on the GPU.  [default: all]",
+    ),
+    vision_precision_option(),
+    setting(
+        "--low-memory",
+        is_flag=True,
+        help="Expand weights only while they are used: smaller, slower.",
+    ),
+    setting(
+        "--max-ram",
+        metavar="SIZE",
+        callback=parse_size,
+        help="Refuse a model that may need more memory, such as 900M or 1.5G, before it is loaded. "
+        "A picture of up to 12 megapixels is counted.",
+    ),
+    setting("--no-mmproj-offload", is_flag=True, help="Encode pictures on the CPU."),
+)
 
 
 def model_argument(name: str = "model", **attributes: Any) -> Decorator:
@@ -126,3 +309,22 @@ def consent(yes: bool) -> Callable[[str], bool]:
         return yes or (sys.stdin.isatty() and click.confirm(question, err=True))
 
     return ask
+
+
+def _read_grammar(schema: str | None, grammar: Path | None) -> str | None:
+    """The grammar that the options ask for, if they do."""
+    if grammar is not None:
+        return _read_text(grammar)
+    if schema is None:
+        return None
+    from ..grammar import json_schema_grammar
+
+    is_json = schema.lstrip().startswith("{")
+    return json_schema_grammar(schema if is_json else _read_text(Path(schema)))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as exc:
+        raise OptionError(f"{path}: cannot be read ({getattr(exc, 'strerror', exc)})") from exc

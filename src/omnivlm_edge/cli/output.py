@@ -13,7 +13,8 @@ import click
 
 from ..errors import OptionError
 from ..memory import peak_rss
-from ..values import Answer, GenerateOptions, ImageEmbedding, Timings
+from ..report import milliseconds, usage
+from ..values import Answer, GenerateOptions, ImageEmbedding
 
 if TYPE_CHECKING:
     from ..engine import OmniVLM
@@ -50,13 +51,8 @@ class Output:
                 answer.images,
                 answer=answer.text,
                 finish_reason=answer.finish_reason,
-                usage={
-                    "prompt_tokens": answer.prompt_tokens,
-                    "image_tokens": answer.image_tokens,
-                    "cached_tokens": answer.cached_tokens,
-                    "completion_tokens": answer.completion_tokens,
-                },
-                timings=_milliseconds(answer.timings, answer.completion_tokens),
+                usage=usage(answer),
+                timings=milliseconds(answer.timings, answer.completion_tokens),
             )
         else:
             click.echo()
@@ -111,19 +107,6 @@ def describe(engine: OmniVLM, picture: Picture) -> str:
 
 def _file(path: Path, hashes: dict[Path, str | None]) -> dict[str, str | None]:
     return {"file": path.name, "sha256": hashes[path]}
-
-
-def _milliseconds(timings: Timings, n_tokens: int) -> dict[str, float]:
-    """Names as llama.cpp's server has them, where it has them."""
-    return {
-        "load_ms": round(timings.load * 1e3, 3),
-        "preprocess_ms": round(timings.preprocess * 1e3, 3),
-        "image_encode_ms": round(timings.encode * 1e3, 3),
-        "prompt_ms": round(timings.prefill * 1e3, 3),
-        "ttft_ms": round(timings.first_token * 1e3, 3),
-        "predicted_ms": round(timings.decode * 1e3, 3),
-        "predicted_per_second": round(n_tokens / timings.decode, 3) if timings.decode else 0.0,
-    }
 
 
 def _stats(answer: Answer) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import OmniVLMError
+from ..values import DEFAULT_N_CTX
 from .options import (
     consent,
     model_argument,
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
     from ..engine import OmniVLM
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# A question about a picture and an answer of 512 tokens; the default for each of --parallel.
+_ANSWER_POSITIONS = 640
+
+
+def _check_key(_: click.Context, parameter: click.Parameter, key: str | None) -> str | None:
+    if key is not None and (not key or key != "".join(key.split())):
+        raise click.BadParameter("it must not be empty nor have spaces in it", param=parameter)
+    return key
 
 
 @click.command()
@@ -30,7 +39,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 )
 @setting("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: the network, too.")
 @setting("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any.")
-@setting("--api-key", help="Whoever asks must have it.")
+@setting("--api-key", callback=_check_key, help="Whoever asks must have it.")
 @setting(
     "--parallel",
     type=click.IntRange(1, 64),
@@ -56,9 +65,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
     "-c",
     "--ctx-size",
     type=click.IntRange(min=1),
-    default=4096,
-    show_default=True,
-    help="Positions that all running answers share.",
+    help="Positions that all running answers share.  "
+    f"[default: {DEFAULT_N_CTX}, or {_ANSWER_POSITIONS} for each of --parallel if that is more]",
 )
 @setting("-t", "--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: all cores]")
 @setting("--device", default="auto", show_default=True, help="auto, cpu, cuda, metal, vulkan, …")
@@ -106,7 +114,7 @@ def serve(
     parallel: int,
     queue: int,
     request_timeout: float,
-    ctx_size: int,
+    ctx_size: int | None,
     threads: int | None,
     device: str,
     n_gpu_layers: int | None,
@@ -149,7 +157,7 @@ def serve(
             files.mmproj,
             variant=files.variant,
             device=device,
-            n_ctx=ctx_size,
+            n_ctx=ctx_size or max(DEFAULT_N_CTX, _ANSWER_POSITIONS * parallel),
             n_sequences=parallel,
             n_threads=threads,
             n_gpu_layers=n_gpu_layers,

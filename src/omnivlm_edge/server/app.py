@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.resources import files
@@ -21,12 +22,19 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from ..engine import OmniVLM
-from ..errors import ClosedError, OmniVLMError, OptionError
+from ..errors import (
+    ClosedError,
+    ContextOverflowError,
+    DeadlineError,
+    OmniVLMError,
+    OptionError,
+)
 from ..generation import Generation
 from ..image import Pixels
-from ..openai_messages import read_conversation, response_grammar
+from ..openai_messages import read_conversation
 from ..scheduler import Delta, Job, Scheduler
 from ..values import Answer, Turn
+from .forms import read_form
 from .gate import Gate, GateRules, RequestLog
 from .metrics import Metrics
 from .pictures import PictureRules, decode, read_bytes
@@ -45,6 +53,8 @@ from .protocol import (
     usage,
 )
 from .stream import Answers, ClientGoneError, EventStream, data
+
+_log = logging.getLogger(__name__)
 
 # Pictures that are decoded at the same time: each may take 192 MB, and more threads than cores.
 _DECODERS = 2
@@ -89,22 +99,22 @@ def create_app(
         version=version("omnivlm-edge"),
         description="Questions about pictures, answered on this machine.",
     )
-    metrics = Metrics(lambda: scheduler.n_running, lambda: scheduler.n_waiting)
+    metrics = Metrics(
+        lambda: scheduler.n_running, lambda: scheduler.n_waiting, lambda: scheduler.sleeping
+    )
     service = _Service(scheduler, facts, settings, metrics)
     created = int(time.time())
 
     @app.exception_handler(OmniVLMError)
-    async def package_error(_: Request, error: OmniVLMError) -> Response:
+    async def package_error(request: Request, error: OmniVLMError) -> Response:
         status, body, headers = describe_error(error)
+        _note_error(request, error)
         return JSONResponse(body, status, headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = f"{where}: {first['msg']}" if where else f"the body: {first['msg']}"
-        body = error_object(message, "invalid_request_error", 400, where or None)
-        return JSONResponse(body, 400)
+        message, where = _describe_invalid(error)
+        return JSONResponse(error_object(message, "invalid_request_error", 400, where), 400)
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
@@ -125,7 +135,12 @@ def create_app(
         service.meta()
         return Health()
 
-    @app.get("/metrics", summary="Prometheus' text format", response_class=Response)
+    @app.get(
+        "/metrics",
+        responses={**_errors(401), 200: {"content": {"text/plain": {}}}},
+        summary="Prometheus' text format",
+        response_class=Response,
+    )
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -166,7 +181,8 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(settings.origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],  # OpenAI's client for JavaScript sends some of its own
+            expose_headers=["retry-after", "x-request-id"],
         )
     return app
 
@@ -178,7 +194,28 @@ _CHAT_CONTENT: dict[str, Any] = {
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorResponse} for status in statuses}
+    """The errors of a route, for the documentation; `default` for those of every route."""
+    errors: dict[int | str, dict[str, Any]] = {s: {"model": ErrorResponse} for s in statuses}
+    return {**errors, "default": {"model": ErrorResponse, "description": "Another error"}}
+
+
+def _describe_invalid(error: RequestValidationError) -> tuple[str, str | None]:
+    """What is wrong with a body, in a sentence, and with which field."""
+    # Of a value that may be of several types the error that was found the furthest inside counts.
+    worst = max(error.errors(), key=lambda found: len(found["loc"]))
+    if worst["type"] == "json_invalid":
+        return "the body is not JSON", None
+    fields = [str(part) for part in worst["loc"][1:]]
+    where = ".".join(part for part in fields if part not in ("str", "text") and "[" not in part)
+    return f"{where or 'the body'}: {worst['msg']}", where or None
+
+
+def _note_error(request: Request, error: OmniVLMError) -> None:
+    """For the access log: the kind of error; and what it says when it is the server's own."""
+    status, body, _ = describe_error(error)
+    _log_of(request)["error"] = body["error"]["type"]
+    if status == 500:
+        _log.error("%s", error)
 
 
 @functools.cache
@@ -255,18 +292,14 @@ class _Service:
         n = body.n or 1
         if n > self._settings.n_parallel:
             raise OptionError(f"n is {n}: it must be at most {self._settings.n_parallel}")
-        wanted = body.response_format
-        grammar = response_grammar(wanted.model_dump(by_alias=True) if wanted else None)
+        deadline = time.monotonic() + self._settings.seconds
+        grammar = await anyio.to_thread.run_sync(read_form, body.response_format)
         options = [body.options(choice, grammar) for choice in range(n)]
         system, turns = self._conversation(body, meta)
-        turns = [
-            replace(turn, images=tuple([await self._read(url, meta) for url in turn.images]))
-            for turn in turns
-        ]
+        turns = await self._with_pictures(turns, meta, deadline)
         if self._settings.log_content:
             _log_of(request)["question"] = turns[-1].question
         answers = Answers(request)
-        deadline = time.monotonic() + self._settings.seconds
 
         def make(choice: int, model: OmniVLM) -> Generation:
             return model.prepare(turns, options[choice], system)
@@ -297,6 +330,25 @@ class _Service:
             turns = [Turn(turns[-1].question, images)]
         return system, turns
 
+    async def _with_pictures(
+        self, turns: Sequence[Turn], meta: ModelMeta, deadline: float
+    ) -> list[Turn]:
+        """The turns with their pictures instead of the addresses. Raises ImageError."""
+        n_pictures = sum(len(turn.images) for turn in turns)
+        if n_pictures * meta.image_tokens > meta.n_ctx:  # no work for what cannot be answered
+            raise ContextOverflowError(
+                f"{n_pictures} pictures do not fit into the context of {meta.n_ctx} positions"
+            )
+        read: list[Turn] = []
+        for turn in turns:
+            images = []
+            for address in turn.images:
+                if time.monotonic() > deadline:
+                    raise DeadlineError("the pictures were not read in the time that there was")
+                images.append(await self._read(address, meta))
+            read.append(replace(turn, images=tuple(images)))
+        return read
+
     async def _read(self, address: str, meta: ModelMeta) -> Pixels:
         """A picture as the model sees it; made here, so that the model's thread need not."""
         content = await anyio.to_thread.run_sync(read_bytes, address, self._settings.pictures)
@@ -324,7 +376,7 @@ class _Service:
         answers: Answers,
         jobs: Sequence[Job],
         about: dict[str, Any],
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """OpenAI's chunks, as lines."""
         about = {**about, "object": "chat.completion.chunk"}
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -347,6 +399,7 @@ class _Service:
                     found[choice] = update
                     yield chunk(choice, {}, finish_reason=update.finish_reason)
         except OmniVLMError as error:
+            _note_error(request, error)
             yield data(describe_error(error)[1])
             return
         finally:
@@ -361,7 +414,7 @@ class _Service:
 
     async def _original_chunks(
         self, request: Request, answers: Answers, jobs: Sequence[Job], about: dict[str, Any]
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """The original runtime's chunks, as lines."""
         about = {**about, "object": "chat.completion.chunk"}
         found: dict[int, Answer] = {}
@@ -374,6 +427,7 @@ class _Service:
                 elif isinstance(update, Answer):
                     found[choice] = update
         except OmniVLMError as error:
+            _note_error(request, error)
             yield data(describe_error(error)[1])
             return
         finally:

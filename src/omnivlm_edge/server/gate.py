@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import json
 import logging
@@ -23,9 +22,6 @@ from .protocol import error_object
 
 MAX_BODY = 32 * 2**20  # bytes: a picture of 20 MiB in base64, and the rest
 BODY_SECONDS = 30
-# A body that is refused is read so far all the same: a client that is still sending when the
-# connection is closed would not see the answer.
-_DRAIN_BYTES, _DRAIN_SECONDS = 2 * MAX_BODY, 10
 #: What anybody may see, with an API key too.
 OPEN_PATHS = re.compile(r"/|/health|/docs|/openapi\.json|/static-offline-docs/.*")
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}")
@@ -55,7 +51,11 @@ class RequestLog:
 
 
 class Gate:
-    """ASGI middleware; a POST reaches the application with its whole body, or not at all."""
+    """ASGI middleware; a POST reaches the application with its whole body, or not at all.
+
+    What is refused is answered before its body is read; uvicorn then reads the rest and drops it,
+    so that a client which sends first and listens later sees the answer, too.
+    """
 
     def __init__(self, app: ASGIApp, rules: GateRules, metrics: Metrics) -> None:
         self._app = app
@@ -140,20 +140,20 @@ class Gate:
             finally:
                 self._posts -= 1
             return
-        if scope["method"] == "POST":
-            await _drain(receive)
         await refusal(scope, receive, send)
 
     def _permitted(self, path: str, headers: Headers) -> bool:
         if self._rules.api_key is None or OPEN_PATHS.fullmatch(path):
             return True
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        matches = hmac.compare_digest(key.strip().encode(), self._rules.api_key.encode())
+        # ASGI's headers are Latin-1 to Python, whatever their bytes were meant to be.
+        given = key.strip().encode("latin-1")
+        matches = hmac.compare_digest(given, self._rules.api_key.encode())
         return scheme.lower() == "bearer" and matches
 
     async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await asyncio.wait_for(_read_body(receive, MAX_BODY), BODY_SECONDS)
+            body = await asyncio.wait_for(_read_body(receive), BODY_SECONDS)
         except asyncio.TimeoutError:
             message = f"the body was not sent within {BODY_SECONDS} s"
             await _refusal(408, "invalid_request_error", message)(scope, receive, send)
@@ -161,7 +161,6 @@ class Gate:
         if body is None:
             return  # the client went: there is nobody to answer
         if len(body) > MAX_BODY:
-            await _drain(receive)
             await _TOO_LARGE(scope, receive, send)
             return
         await self._app(scope, _replay(body, receive), send)
@@ -171,8 +170,8 @@ def _is_json(headers: Headers) -> bool:
     return headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
 
 
-async def _read_body(receive: Receive, most: int, *, keep: bool = True) -> bytes | None:
-    """The whole body, or the beginning of a longer one; None from a client that goes."""
+async def _read_body(receive: Receive) -> bytes | None:
+    """The whole body, or the beginning of one that is too large; None from a client that goes."""
     chunks: list[bytes] = []
     size = 0
     while True:
@@ -181,15 +180,9 @@ async def _read_body(receive: Receive, most: int, *, keep: bool = True) -> bytes
             return None
         chunk = message.get("body", b"")
         size += len(chunk)
-        if keep:
-            chunks.append(chunk)
-        if size > most or not message.get("more_body", False):
+        chunks.append(chunk)
+        if size > MAX_BODY or not message.get("more_body", False):
             return b"".join(chunks)
-
-
-async def _drain(receive: Receive) -> None:
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(_read_body(receive, _DRAIN_BYTES, keep=False), _DRAIN_SECONDS)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -12,9 +12,14 @@ _TTFT_BUCKETS = (0.1, 0.25, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 40, 80)  # seconds
 
 
 class Metrics:
-    """The metrics of one server; `running` and `waiting` are asked when they are read."""
+    """The metrics of one server; the arguments are asked when they are read."""
 
-    def __init__(self, running: Callable[[], int], waiting: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        running: Callable[[], int],
+        waiting: Callable[[], int],
+        sleeping: Callable[[], bool],
+    ) -> None:
         self._registry = CollectorRegistry()
 
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
@@ -38,6 +43,7 @@ class Metrics:
         for name, text, value in (
             ("requests_processing", "Answers being generated.", running),
             ("requests_deferred", "Answers waiting for a place.", waiting),
+            ("sleeping", "1 while the model is unloaded, because nobody asks.", sleeping),
         ):
             gauge = Gauge(f"omnivlm_{name}", text, registry=self._registry)
             gauge.set_function(value)

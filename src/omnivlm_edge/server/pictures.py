@@ -70,16 +70,19 @@ def _read_file(address: str, media_path: Path) -> bytes:
         if not path.is_relative_to(root):
             raise refusal
         # The resolved path has no links in it; and what is no regular file must not be waited for.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise refusal
+            data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError, RuntimeError):  # the latter: a loop of links
         raise refusal from None
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise refusal
-        data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ImageError(f"{shorten(address)}: is larger than {MAX_BYTES >> 20} MiB; shrink it")
     return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _scheme(address: str) -> str:

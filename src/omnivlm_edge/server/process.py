@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
+import math
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +15,7 @@ from types import FrameType
 
 import uvicorn
 from PIL import Image
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..engine import OmniVLM
 from ..errors import DeviceError
@@ -22,6 +26,8 @@ from .protocol import ModelMeta
 
 _WARM_UP_TOKENS = 4
 _BACKLOG = 128  # connections that may wait for the process
+_REQUEST_SECONDS = 20  # until a new connection must have sent a request's head
+_CLOSING_SECONDS = 10  # for the end of answers after the time that they may take
 
 
 def serve(
@@ -45,7 +51,8 @@ def serve(
     def load_warm() -> OmniVLM:
         nonlocal facts
         model = load()
-        _warm_up(model)
+        if facts is None:  # not again for a request that waits while the model wakes
+            _warm_up(model)
         facts = describe_model(model)
         return model
 
@@ -61,7 +68,16 @@ def serve(
                 _listen(listener)
             _log_to_stderr()
             app = create_app(scheduler, lambda: facts, settings)
-            config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
+            config = uvicorn.Config(
+                app,
+                http=_Protocol,
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                # Until then a client that does not read its answer is waited for.
+                timeout_graceful_shutdown=math.ceil(settings.seconds) + _CLOSING_SECONDS,
+            )
             server = _Server(config, scheduler)
             name = f"[{host}]" if ":" in host else host
             announce(f"http://{name}:{listener.getsockname()[1]}")
@@ -70,6 +86,22 @@ def serve(
                 raise server.failure
         finally:
             scheduler.close()
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's, which by itself waits for ever for a new connection's first request."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(_REQUEST_SECONDS, self._close_silent)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()  # it would keep all of this in memory
+        super().connection_lost(exc)
+
+    def _close_silent(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -83,8 +115,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn's own would send itself the signal again at the end.
         if self.should_exit:
-            self.force_exit = True
-            self._scheduler.abort()
+            os._exit(128 + sig)  # in the middle of a step, or of loading; nothing is lost on disk
         self.should_exit = True
 
     async def main_loop(self) -> None:
@@ -110,9 +141,11 @@ def _port_errors(host: str, port: int) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
+        advice = "choose another --host or --port"
+        if exc.errno == errno.EADDRINUSE:
+            advice = "is another server running? choose another with --port"
         raise DeviceError(
-            f"port {port} of {host} cannot be had ({exc.strerror}): is another server running? "
-            "choose another with --port"
+            f"port {port} of {host} cannot be had ({exc.strerror}): {advice}"
         ) from exc
 
 

@@ -7,6 +7,7 @@ has not are named as llama.cpp's server names them.
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -69,6 +70,9 @@ class ResponseFormat(_Request):
     schema_: dict[str, Any] | None = Field(None, alias="schema")
 
 
+Stops: TypeAlias = Annotated[list[str], Field(max_length=MAX_STOPS)]
+
+
 class ChatRequest(_Request):
     """A chat completion that is asked for."""
 
@@ -84,13 +88,13 @@ class ChatRequest(_Request):
     min_p: float | None = Field(None, ge=0, lt=1)
     repeat_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = None
-    stop: str | list[str] | None = Field(None, max_length=MAX_STOPS)
+    stop: str | Stops | None = None
     n: int | None = Field(1, ge=1, description="At most as many as the server answers at a time.")
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
-    frequency_penalty: Literal[0] | float | None = Field(0, description="0: it is not known here.")
-    presence_penalty: Literal[0] | float | None = Field(0, description="0: it is not known here.")
+    frequency_penalty: float | None = Field(0, description="0: it is not known here.")
+    presence_penalty: float | None = Field(0, description="0: it is not known here.")
     tools: list[Any] | None = Field(None, description="None: tools cannot be called.")
     functions: list[Any] | None = Field(None, description="None: functions cannot be called.")
     logit_bias: dict[str, Any] | None = Field(None, description="None: it is not known here.")
@@ -146,7 +150,7 @@ class OriginalRequest(_Request):
     top_k: int | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
     stream: bool | None = False
-    stop_words: list[str] | None = Field(None, max_length=MAX_STOPS)
+    stop_words: Stops | None = None
 
     def as_chat(self) -> ChatRequest:
         """The same request in OpenAI's words. Raises OptionError when there is no picture."""
@@ -171,7 +175,7 @@ class OriginalRequest(_Request):
 
 def _address(image: OriginalImage) -> str:
     if image.path is not None:
-        return f"file://{image.path}"
+        return "file://" + quote(image.path, errors="replace")
     url = image.url or ""
     return url if url[:5].lower() in ("data:", "http:", "https") else f"data:;base64,{url}"
 
@@ -294,6 +298,7 @@ _STATUS: tuple[tuple[type[OmniVLMError], int, str], ...] = (
 
 def error_object(message: str, kind: str, status: int, param: str | None = None) -> dict[str, Any]:
     """The body of an error."""
+    message = message.encode(errors="replace").decode()  # what clients send need not be UTF-8
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 

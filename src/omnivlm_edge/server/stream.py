@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any, TypeAlias
 
 from starlette.requests import Request
@@ -15,6 +15,9 @@ from starlette.types import Receive, Scope, Send
 from ..errors import OmniVLMError
 from ..scheduler import Job, Listener, Scheduler, Update
 from ..values import Answer
+
+#: A client that takes no piece of its answer for so long counts as gone.
+SEND_SECONDS = 30
 
 Choice: TypeAlias = "tuple[int, Update]"
 
@@ -26,7 +29,7 @@ class ClientGoneError(Exception):
 class Answers:
     """The updates of some jobs for one client, by the number of the choice.
 
-    Within the context the jobs are in the scheduler; with it ends whatever is not finished.
+    `close` it, whatever happens: that ends what is not finished.
     """
 
     def __init__(self, request: Request) -> None:
@@ -93,7 +96,7 @@ class EventStream(Response):
     A client that goes ends it, and closes `answers`.
     """
 
-    def __init__(self, answers: Answers, lines: AsyncIterator[str]) -> None:
+    def __init__(self, answers: Answers, lines: AsyncGenerator[str, None]) -> None:
         super().__init__(media_type="text/event-stream")
         self._answers = answers
         self._lines = lines
@@ -105,12 +108,14 @@ class EventStream(Response):
             (b"x-accel-buffering", b"no"),  # proxies shall hand it on at once
         ]
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            async for line in self._lines:
-                body = f"{line}\n\n".encode()
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except ClientGoneError:
+            async with contextlib.aclosing(self._lines) as lines:
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                async for line in lines:
+                    body = f"{line}\n\n".encode()
+                    message = {"type": "http.response.body", "body": body, "more_body": True}
+                    await asyncio.wait_for(send(message), SEND_SECONDS)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except (ClientGoneError, asyncio.TimeoutError):
             pass
         finally:
             self._answers.close()

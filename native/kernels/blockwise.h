@@ -1,4 +1,4 @@
-// Products with 4-bit weights, once for all instruction sets with the dot product of tile.h.
+// Products with weights of 4 or 8 bits, once for all instruction sets with the dot product of tile.h.
 //
 // Dot provides, beyond tile.h: SIGNED_WEIGHTS; `lookup`, the codebook for `unpack`, which makes bytes of two values
 // each into the codebook's for the lower and the upper ones; `load_halves`, FP16 -> float; `load_sums` and `splat` into
@@ -11,10 +11,10 @@
 namespace omnivlm {
 namespace {
 
-template <class Dot> struct FourBit {
+template <class Dot> struct Blockwise {
     static constexpr int LANES = Dot::BYTES / 4;
-    static constexpr int NV    = FOUR_BIT_COLUMNS / LANES;  // vectors of a panel's columns
-    static constexpr int STEPS = FOUR_BIT_BLOCK / 4;
+    static constexpr int NV    = BLOCKWISE_COLUMNS / LANES;  // vectors of a panel's columns
+    static constexpr int STEPS = BLOCKWISE_BLOCK / 4;
 
     using Vector  = typename Dot::Vector;
     using Operand = typename Dot::Operand;
@@ -30,18 +30,18 @@ template <class Dot> struct FourBit {
         const float *   sum;
     };
 
-    OMNIVLM_ALWAYS_INLINE static Rows rows_of(const FourBitTask & task, int64_t block) {
-        const char * values = task.rows + block * four_bit_rows_bytes(task.n_rows);
-        const auto * scale  = reinterpret_cast<const float *>(values + task.n_rows * FOUR_BIT_BLOCK);
+    OMNIVLM_ALWAYS_INLINE static Rows rows_of(const BlockwiseTask & task, int64_t block) {
+        const char * values = task.rows + block * blockwise_rows_bytes(task.n_rows);
+        const auto * scale  = reinterpret_cast<const float *>(values + task.n_rows * BLOCKWISE_BLOCK);
         const auto * start  = reinterpret_cast<const int32_t *>(scale + task.n_rows);
         return { values, scale, start, reinterpret_cast<const float *>(start + task.n_rows) };
     }
 
-    static void write_row(const FourBitTask & task, const float * x, int64_t r) {
-        for (int64_t b = 0; b < task.n_blocks; b++, x += FOUR_BIT_BLOCK) {
+    static void write_row(const BlockwiseTask & task, const float * x, int64_t r) {
+        for (int64_t b = 0; b < task.n_blocks; b++, x += BLOCKWISE_BLOCK) {
             Eight most   = {};
             Eight poison = {};  // NaN if any value is no number
-            for (int i = 0; i < FOUR_BIT_BLOCK; i += 8) {
+            for (int i = 0; i < BLOCKWISE_BLOCK; i += 8) {
                 Eight values;
                 __builtin_memcpy(&values, x + i, sizeof(values));
                 const auto size = (Eight)((EightInts)values & 0x7fffffff);
@@ -57,9 +57,9 @@ template <class Dot> struct FourBit {
             const float scale   = largest / 127.0F + nothing;
             const float inverse = largest > 0.0F && nothing == 0.0F ? 127.0F / largest : 0.0F;
             const Rows  rows    = rows_of(task, b);
-            auto *      q       = reinterpret_cast<int8_t *>(const_cast<char *>(rows.values)) + r * FOUR_BIT_BLOCK;
+            auto *      q       = reinterpret_cast<int8_t *>(const_cast<char *>(rows.values)) + r * BLOCKWISE_BLOCK;
             int32_t     sum     = 0;
-            for (int i = 0; i < FOUR_BIT_BLOCK; i++) {
+            for (int i = 0; i < BLOCKWISE_BLOCK; i++) {
                 const auto value = static_cast<int32_t>(__builtin_rintf(nothing == 0.0F ? x[i] * inverse : 0.0F));
                 q[i]             = static_cast<int8_t>(value);
                 sum += value;
@@ -77,31 +77,36 @@ template <class Dot> struct FourBit {
         Vector  minimum[NV];
     };
 
-    template <bool MINIMUM> OMNIVLM_ALWAYS_INLINE static Block load_block(const char * panel, Operand codebook) {
-        Block block;
+    template <Blocks BLOCKS> OMNIVLM_ALWAYS_INLINE static Block load_block(const char * panel, Operand codebook) {
+        Block         block;
+        constexpr int N = BLOCKS == Blocks::EIGHT ? STEPS : STEPS / 2;
 #pragma GCC unroll 16
-        for (int s = 0; s < STEPS / 2; s++) {
+        for (int s = 0; s < N; s++) {
 #pragma GCC unroll 16
             for (int v = 0; v < NV; v++) {
                 const Operand bytes = Dot::load(panel + (s * NV + v) * Dot::BYTES);
-                Dot::unpack(bytes, codebook, block.weights[s][v], block.weights[s + STEPS / 2][v]);
+                if (BLOCKS == Blocks::EIGHT) {
+                    block.weights[s][v] = bytes;
+                } else {
+                    Dot::unpack(bytes, codebook, block.weights[s][v], block.weights[s + STEPS / 2][v]);
+                }
             }
         }
-        const char * scales = panel + FOUR_BIT_COLUMNS * FOUR_BIT_BLOCK / 2;
+        const char * scales = panel + blockwise_value_bytes(BLOCKS);
 #pragma GCC unroll 16
         for (int v = 0; v < NV; v++) {
             block.scale[v] = Dot::load_halves(scales + v * LANES * 2);
-            if (MINIMUM) {
-                block.minimum[v] = Dot::load_halves(scales + (FOUR_BIT_COLUMNS + v * LANES) * 2);
+            if (BLOCKS == Blocks::FOUR_WITH_MINIMUM) {
+                block.minimum[v] = Dot::load_halves(scales + (BLOCKWISE_COLUMNS + v * LANES) * 2);
             }
         }
         return block;
     }
 
     // Adds one row's products with a block to its sums.
-    template <bool MINIMUM>
+    template <Blocks BLOCKS>
     OMNIVLM_ALWAYS_INLINE static void add(const Block & block, const Rows & rows, int64_t r, Vector (&sums)[NV]) {
-        const char * values = rows.values + r * FOUR_BIT_BLOCK;
+        const char * values = rows.values + r * BLOCKWISE_BLOCK;
         Vector       dots[NV];
 #pragma GCC unroll 16
         for (int v = 0; v < NV; v++) {
@@ -118,14 +123,14 @@ template <class Dot> struct FourBit {
 #pragma GCC unroll 16
         for (int v = 0; v < NV; v++) {
             sums[v] = Dot::add_scaled(sums[v], dots[v], block.scale[v], rows.scale[r]);
-            if (MINIMUM) {
+            if (BLOCKS == Blocks::FOUR_WITH_MINIMUM) {
                 sums[v] = Dot::subtract_scaled(sums[v], block.minimum[v], rows.sum[r]);
             }
         }
     }
 
-    template <bool MINIMUM>
-    OMNIVLM_LEAF static void one_row(const FourBitTask & task, const char * panel, float * out) {
+    template <Blocks BLOCKS>
+    OMNIVLM_LEAF static void one_row(const BlockwiseTask & task, const char * panel, float * out) {
         const Operand codebook = Dot::lookup(task.codebook);
         Vector        sums[NV];
 #pragma GCC unroll 16
@@ -133,9 +138,9 @@ template <class Dot> struct FourBit {
             sums[v] = Dot::zero();
         }
         for (int64_t b = 0; b < task.n_blocks; b++) {
-            const Block block = load_block<MINIMUM>(panel, codebook);
-            add<MINIMUM>(block, rows_of(task, b), 0, sums);
-            panel += four_bit_block_bytes(MINIMUM);
+            const Block block = load_block<BLOCKS>(panel, codebook);
+            add<BLOCKS>(block, rows_of(task, b), 0, sums);
+            panel += blockwise_block_bytes(BLOCKS);
         }
 #pragma GCC unroll 16
         for (int v = 0; v < NV; v++) {
@@ -144,61 +149,67 @@ template <class Dot> struct FourBit {
     }
 
     // Some rows; their sums lie in memory, [n][16].
-    template <bool MINIMUM>
-    OMNIVLM_LEAF static void some_rows(const FourBitTask & task, const char * panel, int64_t first, int64_t n,
+    template <Blocks BLOCKS>
+    OMNIVLM_LEAF static void some_rows(const BlockwiseTask & task, const char * panel, int64_t first, int64_t n,
                                        float * out) {
         const Operand codebook = Dot::lookup(task.codebook);
         for (int64_t b = 0; b < task.n_blocks; b++) {
-            const Block block = load_block<MINIMUM>(panel, codebook);
+            const Block block = load_block<BLOCKS>(panel, codebook);
             const Rows  rows  = rows_of(task, b);
             for (int64_t r = 0; r < n; r++) {
-                auto * at = reinterpret_cast<char *>(out + r * FOUR_BIT_COLUMNS);
+                auto * at = reinterpret_cast<char *>(out + r * BLOCKWISE_COLUMNS);
                 Vector sums[NV];
 #pragma GCC unroll 16
                 for (int v = 0; v < NV; v++) {
                     sums[v] = Dot::load_sums(at + v * Dot::BYTES);
                 }
-                add<MINIMUM>(block, rows, first + r, sums);
+                add<BLOCKS>(block, rows, first + r, sums);
 #pragma GCC unroll 16
                 for (int v = 0; v < NV; v++) {
                     Dot::store(at + v * Dot::BYTES, sums[v]);
                 }
             }
-            panel += four_bit_block_bytes(MINIMUM);
+            panel += blockwise_block_bytes(BLOCKS);
         }
     }
 
-    template <bool MINIMUM> static void panel(const FourBitTask & task, int64_t index) {
+    template <Blocks BLOCKS> static void panel(const BlockwiseTask & task, int64_t index) {
         constexpr int64_t ROWS  = 64;  // whose sums stay in the first cache
-        const char *      panel = task.panels + index * task.n_blocks * four_bit_block_bytes(MINIMUM);
-        float *           out   = task.out + index * FOUR_BIT_COLUMNS;
+        const char *      panel = task.panels + index * task.n_blocks * blockwise_block_bytes(BLOCKS);
+        float *           out   = task.out + index * BLOCKWISE_COLUMNS;
         if (task.n_rows == 1) {
-            one_row<MINIMUM>(task, panel, out);
+            one_row<BLOCKS>(task, panel, out);
             return;
         }
-        alignas(64) float sums[ROWS * FOUR_BIT_COLUMNS];
+        alignas(64) float sums[ROWS * BLOCKWISE_COLUMNS];
         for (int64_t first = 0; first < task.n_rows; first += ROWS) {
             const int64_t n = task.n_rows - first < ROWS ? task.n_rows - first : ROWS;
-            __builtin_memset(sums, 0, sizeof(float) * static_cast<size_t>(n) * FOUR_BIT_COLUMNS);
-            some_rows<MINIMUM>(task, panel, first, n, sums);
+            __builtin_memset(sums, 0, sizeof(float) * static_cast<size_t>(n) * BLOCKWISE_COLUMNS);
+            some_rows<BLOCKS>(task, panel, first, n, sums);
             for (int64_t r = 0; r < n; r++) {
-                __builtin_memcpy(out + (first + r) * task.n_out, sums + r * FOUR_BIT_COLUMNS,
-                                 sizeof(float) * FOUR_BIT_COLUMNS);
+                __builtin_memcpy(out + (first + r) * task.n_out, sums + r * BLOCKWISE_COLUMNS,
+                                 sizeof(float) * BLOCKWISE_COLUMNS);
             }
         }
     }
 
-    static void linear(const FourBitTask & task, int64_t panel_begin, int64_t panel_end) {
+    static void linear(const BlockwiseTask & task, int64_t panel_begin, int64_t panel_end) {
         for (int64_t p = panel_begin; p < panel_end; p++) {
-            if (task.has_minimum) {
-                panel<true>(task, p);
-            } else {
-                panel<false>(task, p);
+            switch (task.blocks) {
+            case Blocks::FOUR:
+                panel<Blocks::FOUR>(task, p);
+                break;
+            case Blocks::FOUR_WITH_MINIMUM:
+                panel<Blocks::FOUR_WITH_MINIMUM>(task, p);
+                break;
+            case Blocks::EIGHT:
+                panel<Blocks::EIGHT>(task, p);
+                break;
             }
         }
     }
 
-    static constexpr FourBitKernels table() { return { Dot::SIGNED_WEIGHTS, write_row, linear }; }
+    static constexpr BlockwiseKernels table() { return { Dot::SIGNED_WEIGHTS, write_row, linear }; }
 };
 
 }  // namespace
