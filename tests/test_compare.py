@@ -430,7 +430,7 @@ def hide_matplotlib(directory: Path) -> dict[str, str]:
         (["demo"], 2, "Missing argument 'B...'"),
         (["demo", "demo", "-n", 0], 2, "-n"),
         (["demo", "demo", "--plot", "p.svg"], 2, "must end in .png"),
-        (["demo", "demo", "--plot", "absent/p.png"], 1, "no such directory for the plot"),
+        (["demo", "demo", "--plot", "absent/p.png"], 1, "absent/p.png: cannot be written"),
         (["demo", "demo", "--questions", "absent.jsonl"], 1, "absent.jsonl: cannot be read"),
         (["demo", "demo", "--images", "absent.png"], 1, "absent.png: there is no such file"),
     ],
