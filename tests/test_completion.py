@@ -85,20 +85,20 @@ def test_script_is_printed(shell: str) -> None:
 @needs("bash")
 @pytest.mark.parametrize("typed", COMPLETED)
 def test_bash(bash: pexpect.spawn, typed: str) -> None:
-    complete(bash, typed)
+    assert becomes(bash, typed, COMPLETED[typed]), bash.before
 
 
 @needs("zsh")
 @pytest.mark.parametrize("typed", COMPLETED)
 def test_zsh(zsh: pexpect.spawn, typed: str) -> None:
-    complete(zsh, typed)
+    assert becomes(zsh, typed, COMPLETED[typed]), zsh.before
 
 
-def complete(shell: pexpect.spawn, typed: str) -> None:
+def becomes(shell: pexpect.spawn, typed: str, completed: str) -> bool:
     """Types the line and TAB, then has the shell show what the line became."""
     shell.sendline(f"omnivlm-edge {typed}{TAB}{CTRL_A}: ")
     shell.sendline("fc -ln -1")
-    shell.expect_exact(f": omnivlm-edge {COMPLETED[typed]}")
+    return bool(shell.expect_exact([pexpect.TIMEOUT, f": omnivlm-edge {completed}"]))
 
 
 @needs("fish")

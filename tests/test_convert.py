@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -404,39 +405,43 @@ def test_value_too_large_for_f16(checkpoint: Path) -> None:
 # ---- weight files -------------------------------------------------------------------------------
 
 
-def weights_error(checkpoint: Path, match: str) -> None:
-    with pytest.raises(ConvertError, match=match):
+def weights_error(checkpoint: Path) -> str:
+    """What is said of a checkpoint that cannot be converted."""
+    with pytest.raises(ConvertError) as caught:
         convert(checkpoint)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, 5000, -1])
 def test_truncated_weights(checkpoint: Path, keep: int) -> None:
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    weights_error(checkpoint, r"model\.safetensors is damaged")
+    assert "model.safetensors is damaged" in weights_error(checkpoint)
 
 
 @pytest.mark.parametrize("garbage", [b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]", b"PK\x03\x04" * 9])
 def test_garbage_weights(checkpoint: Path, garbage: bytes) -> None:
     (checkpoint / "model.safetensors").write_bytes(garbage)
-    weights_error(checkpoint, r"model\.safetensors is damaged")
+    assert "model.safetensors is damaged" in weights_error(checkpoint)
 
 
 def test_unknown_dtype(checkpoint: Path) -> None:
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"F32"', b'"I32"'))
-    weights_error(checkpoint, "has the type I32; only F32, F16, BF16 are supported")
+    assert "has the type I32; only F32, F16, BF16 are supported" in weights_error(checkpoint)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt"])
 def test_pickled_weights_are_refused(checkpoint: Path, suffix: str) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / f"model{suffix}")
-    weights_error(checkpoint, "a pickle, and opening a pickle runs code .* safetensors")
+    assert re.search(
+        "a pickle, and opening a pickle runs code .* safetensors", weights_error(checkpoint)
+    )
 
 
 def test_no_weights(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
-    weights_error(checkpoint, r"neither model\.safetensors nor model\.safetensors\.index\.json")
+    assert "neither model.safetensors nor model.safetensors.index.json" in weights_error(checkpoint)
 
 
 @pytest.fixture
@@ -451,28 +456,28 @@ SHARD = "model-00002-of-00002.safetensors"
 
 def test_absent_shard(sharded: Path) -> None:
     (sharded / SHARD).unlink()
-    weights_error(sharded, f"names {SHARD}, which is missing")
+    assert f"names {SHARD}, which is missing" in weights_error(sharded)
 
 
 @pytest.mark.parametrize("shard", ["../" + SHARD, "/etc/passwd", 7])
 def test_shard_elsewhere(sharded: Path, shard: Any) -> None:
     edit(sharded / INDEX, lambda c: c["weight_map"].update({EMBEDDING: shard}))
-    weights_error(sharded, "not a file beside it")
+    assert "not a file beside it" in weights_error(sharded)
 
 
 def test_index_names_what_a_shard_does_not_hold(sharded: Path) -> None:
     edit(sharded / INDEX, lambda c: c["weight_map"].update(other=SHARD))
-    weights_error(sharded, "does not hold other, as the index says")
+    assert "does not hold other, as the index says" in weights_error(sharded)
 
 
 def test_shard_holds_what_the_index_denies(sharded: Path) -> None:
     edit(sharded / INDEX, lambda c: c["weight_map"].pop(EMBEDDING))
-    weights_error(sharded, "but the index denies it")
+    assert "but the index denies it" in weights_error(sharded)
 
 
 def test_index_without_a_map(sharded: Path) -> None:
     (sharded / INDEX).write_text("{}")
-    weights_error(sharded, "the key weight_map is missing")
+    assert "the key weight_map is missing" in weights_error(sharded)
 
 
 # ---- configuration ------------------------------------------------------------------------------

@@ -467,22 +467,22 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return Path(shutil.copy(file, tmp_path / "in" / "model-F16.gguf"))
 
 
-def refused(
-    source: Path, output: Path, error: type[BaseException], message: str, name: str = "q4_0"
-) -> None:
-    """The call fails, the source stays as it was and nothing else comes into being."""
+def refusal(source: Path, output: Path, error: type[BaseException], name: str = "q4_0") -> str:
+    """What is said when the call fails; the source stays as it was, nothing else comes to be."""
     content = source.read_bytes()
     files = sorted(source.parents[1].rglob("*"))
-    with pytest.raises(error, match=message) as caught:
+    with pytest.raises(error) as caught:
         quantize_file(source, output, name, n_threads=1)
     assert source.read_bytes() == content
     assert sorted(source.parents[1].rglob("*")) == files
     if issubclass(error, OmniVLMError):
         assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def test_unknown_type(source: Path, tmp_path: Path) -> None:
-    refused(source, tmp_path / "out.gguf", OptionError, "'q9_z' is unknown: .* q4_k_m", "q9_z")
+    said = refusal(source, tmp_path / "out.gguf", OptionError, "q9_z")
+    assert re.search("'q9_z' is unknown: .* q4_k_m", said)
 
 
 def test_wrong_thread_count(source: Path, tmp_path: Path) -> None:
@@ -492,7 +492,8 @@ def test_wrong_thread_count(source: Path, tmp_path: Path) -> None:
 
 def test_quantized_source(source: Path, tmp_path: Path) -> None:
     small = quantize_file(source, source.parent / "small.gguf", "q8_0")
-    refused(small, tmp_path / "out.gguf", ModelFileError, "small.gguf: is quantized already")
+    said = refusal(small, tmp_path / "out.gguf", ModelFileError)
+    assert "small.gguf: is quantized already" in said
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link, None], ids=["symlink", "hardlink", "same"])
@@ -501,13 +502,15 @@ def test_output_is_the_source(source: Path, link: Callable[[Path, Path], None] |
     if link:
         output = source.parent / "link.gguf"
         link(source, output)
-    refused(source, output, ConvertError, "is the input itself")
+    said = refusal(source, output, ConvertError)
+    assert "is the input itself" in said
 
 
 def test_cut_source(source: Path, tmp_path: Path) -> None:
     for size in (0, 3, 500, -200):
         source.write_bytes(source.read_bytes()[:size])
-        refused(source, tmp_path / "out.gguf", ModelFileError, "model-F16.gguf: ")
+        said = refusal(source, tmp_path / "out.gguf", ModelFileError)
+        assert "model-F16.gguf: " in said
 
 
 def test_cut_source_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -537,12 +540,8 @@ def test_values_that_cannot_be_quantized(tmp_path: Path) -> None:
         tensors["v.blk.1.attn_k.weight"][3, 5] = value
         keys = tiny_gguf.clip_keys(ODD)
         source = tiny_gguf.write_gguf(tmp_path / "in" / "in.gguf", keys, tensors)
-        refused(
-            source,
-            tmp_path / "out.gguf",
-            ModelFileError,
-            r"v\.blk\.1\.attn_k\.weight holds a value",
-        )
+        said = refusal(source, tmp_path / "out.gguf", ModelFileError)
+        assert "v.blk.1.attn_k.weight holds a value" in said
 
 
 @pytest.mark.parametrize(
@@ -556,7 +555,8 @@ def test_vision_file_of_another_model(tmp_path: Path, key: str, value: Any, mess
     (tmp_path / "in").mkdir()
     keys = tiny_gguf.clip_keys(ODD) | {key: value}
     source = tiny_gguf.write_gguf(tmp_path / "in" / "in.gguf", keys, tiny_gguf.random_tensors(ODD))
-    refused(source, tmp_path / "out.gguf", ModelFileError, message)
+    said = refusal(source, tmp_path / "out.gguf", ModelFileError)
+    assert message in said
 
 
 def rewrite_text(path: Path, architecture: str = "qwen2", *, scale: float = 1) -> Path:
@@ -580,13 +580,15 @@ def rewrite_text(path: Path, architecture: str = "qwen2", *, scale: float = 1) -
 def test_text_model_of_unknown_architecture(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     source = rewrite_text(tmp_path / "in" / "in.gguf", "qwen99")
-    refused(source, tmp_path / "out.gguf", ModelFileError, "unknown model architecture: 'qwen99'")
+    said = refusal(source, tmp_path / "out.gguf", ModelFileError)
+    assert "unknown model architecture: 'qwen99'" in said
 
 
 def test_text_model_with_values_that_are_no_numbers(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     source = rewrite_text(tmp_path / "in" / "in.gguf", scale=float("nan"))
-    refused(source, tmp_path / "out.gguf", ModelFileError, "in.gguf: llama.cpp cannot quantize")
+    said = refusal(source, tmp_path / "out.gguf", ModelFileError)
+    assert "in.gguf: llama.cpp cannot quantize" in said
 
 
 @pytest.mark.parametrize(
@@ -609,11 +611,13 @@ def test_full_disk_is_seen_before_any_work(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
-    refused(source, tmp_path / "out.gguf", ConvertError, "has 0 MB free, but the result needs")
+    said = refusal(source, tmp_path / "out.gguf", ConvertError)
+    assert "has 0 MB free, but the result needs" in said
 
 
 def test_directory_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
-    refused(source, source / "out.gguf", ConvertError, "cannot be made a directory")
+    said = refusal(source, source / "out.gguf", ConvertError)
+    assert "cannot be made a directory" in said
 
 
 def test_disk_that_fills_up(source: Path, tmp_path: Path) -> None:
@@ -656,7 +660,8 @@ def test_a_failure_leaves_the_older_result(source: Path, tmp_path: Path) -> None
     output = tmp_path / "out.gguf"
     output.write_text("older")
     source.write_bytes(source.read_bytes()[:-200])
-    refused(source, output, ModelFileError, "model-F16.gguf")
+    said = refusal(source, output, ModelFileError)
+    assert "model-F16.gguf" in said
     assert output.read_text() == "older"
 
 
