@@ -67,7 +67,8 @@ test-kernels: $(VENV)/build.stamp
 	@# On x86-64: no accumulator of a micro-kernel may be kept on the stack.
 	objdump -d --no-show-raw-insn -C build/kernels/libomnivlm_kernels.a > build/kernels/code.txt
 	! awk '/file format/ {file = $$1} /^[0-9a-f]+ <.*>:$$/ {name = $$0} \
-	    name ~ /[: ]tile<|int8_tile/ && file !~ /portable/ {seen++; if (/[xyz]mm[0-9]+/ && /\(%r[sb]p\)/) print file, name, $$0} \
+	    (name ~ /[: ]tile<|int8_tile/ && file !~ /portable/) || \
+	    (name ~ /Blockwise<.*_rows?<|CachedAttention<.*::(score|weigh)</ && file ~ /avx512vnni/) {seen++; if (/[xyz]mm[0-9]+/ && /\(%r[sb]p\)/) print file, name, $$0} \
 	    END {if (!seen) print "no micro-kernel found"}' build/kernels/code.txt | grep .
 	@# A function that the linker shares between files would bring instructions to machines that lack them.
 	nm -C build/kernels/libomnivlm_kernels.a > build/kernels/symbols.txt

@@ -261,8 +261,11 @@ class Attention : public ggml::cpu::tensor_traits {
         const ggml_tensor * v     = op->src[2];
         const ggml_tensor * mask  = op->src[3];
         const bool          plain = op->src[4] == nullptr && op_parameter(op, 1) == 0.0F && op_parameter(op, 2) == 0.0F;
+        const auto          is_of = [](const ggml_tensor * tensor, ggml_type type) {  // rows without gaps
+            return tensor->type == type && tensor->nb[0] == ggml_type_size(type);
+        };
         if (attention().takes == nullptr || mask == nullptr || !plain || q->ne[3] != 1 || mask->ne[2] != 1 ||
-            q->type != GGML_TYPE_F32 || k->type != GGML_TYPE_F16 || v->type != GGML_TYPE_F16 || q->ne[0] != v->ne[0] ||
+            !is_of(q, GGML_TYPE_F32) || !is_of(k, GGML_TYPE_F16) || !is_of(v, GGML_TYPE_F16) || q->ne[0] != v->ne[0] ||
             k->ne[2] != v->ne[2]) {
             return false;
         }
@@ -310,7 +313,8 @@ void set_tensor(ggml_backend_buffer_t /*buffer*/, ggml_tensor * weights, const v
     const int64_t            n_panels  = weights->ne[1] / BLOCKWISE_COLUMNS;
     const int64_t            n_threads = std::clamp<int64_t>(std::thread::hardware_concurrency(), 1, MAX_PACKERS);
     std::vector<std::thread> threads;
-    int64_t                  begin = 0;
+    threads.reserve(static_cast<size_t>(n_threads));
+    int64_t begin = 0;
     try {
         for (int64_t i = 1; i < n_threads; i++) {
             const int64_t end = n_panels * i / n_threads;

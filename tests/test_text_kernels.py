@@ -57,6 +57,11 @@ def error(found: npt.NDArray[np.float32], wanted: npt.NDArray[np.float32]) -> fl
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
+def test_they_fit_the_ggml_that_is_installed() -> None:
+    instructions = {"avx512-vnni", "avx-vnni", "neon-i8mm", "neon-dotprod"}
+    assert _native.install_text_kernels() == (_native.kernels()[0] in instructions)
+
+
 def test_they_are_used_where_there_are_any(model: Path) -> None:
     _native.take_log_placement()
     ours = logits(model)

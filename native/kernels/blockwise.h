@@ -24,17 +24,17 @@ template <class Dot> struct Blockwise {
 
     // What a block of the rows looks like.
     struct Rows {
-        const char *    values;  // [n_rows][32]
-        const float *   scale;
-        const int32_t * start;
-        const float *   sum;
+        char *    values;  // [n_rows][32]
+        float *   scale;
+        int32_t * start;
+        float *   sum;
     };
 
     OMNIVLM_ALWAYS_INLINE static Rows rows_of(const BlockwiseTask & task, int64_t block) {
-        const char * values = task.rows + block * blockwise_rows_bytes(task.n_rows);
-        const auto * scale  = reinterpret_cast<const float *>(values + task.n_rows * BLOCKWISE_BLOCK);
-        const auto * start  = reinterpret_cast<const int32_t *>(scale + task.n_rows);
-        return { values, scale, start, reinterpret_cast<const float *>(start + task.n_rows) };
+        char * values = task.rows + block * blockwise_rows_bytes(task.n_rows);
+        auto * scale  = reinterpret_cast<float *>(values + task.n_rows * BLOCKWISE_BLOCK);
+        auto * start  = reinterpret_cast<int32_t *>(scale + task.n_rows);
+        return { values, scale, start, reinterpret_cast<float *>(start + task.n_rows) };
     }
 
     static void write_row(const BlockwiseTask & task, const float * x, int64_t r) {
@@ -57,16 +57,16 @@ template <class Dot> struct Blockwise {
             const float scale   = largest / 127.0F + nothing;
             const float inverse = largest > 0.0F && nothing == 0.0F ? 127.0F / largest : 0.0F;
             const Rows  rows    = rows_of(task, b);
-            auto *      q       = reinterpret_cast<int8_t *>(const_cast<char *>(rows.values)) + r * BLOCKWISE_BLOCK;
+            auto *      q       = reinterpret_cast<int8_t *>(rows.values) + r * BLOCKWISE_BLOCK;
             int32_t     sum     = 0;
             for (int i = 0; i < BLOCKWISE_BLOCK; i++) {
                 const auto value = static_cast<int32_t>(__builtin_rintf(nothing == 0.0F ? x[i] * inverse : 0.0F));
                 q[i]             = static_cast<int8_t>(value);
                 sum += value;
             }
-            const_cast<float *>(rows.scale)[r]   = scale;
-            const_cast<int32_t *>(rows.start)[r] = -task.zero * sum;
-            const_cast<float *>(rows.sum)[r]     = scale * static_cast<float>(sum);
+            rows.scale[r] = scale;
+            rows.start[r] = -task.zero * sum;
+            rows.sum[r]   = scale * static_cast<float>(sum);
         }
     }
 

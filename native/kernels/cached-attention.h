@@ -21,7 +21,13 @@ template <class Dot> struct CachedAttention {
         int64_t   stride;
     };
 
-    static constexpr int64_t MAX_HEADS = 4;  // taken at a time
+    static constexpr int64_t MAX_HEADS = 4;  // whose values are weighed at a time
+
+    // As many as have room for their sums in the registers: 32, of vectors of 8 lanes 16.
+    static constexpr int heads_at_once(int d) {
+        const int n = (LANES == 8 ? 8 : 16) / (d / LANES);
+        return n < 1 ? 1 : n;
+    }
 
     OMNIVLM_ALWAYS_INLINE static int64_t padded_heads(const CachedAttentionTask & task) {
         return round_up(task.n_heads / task.n_heads_kv, MAX_HEADS);
@@ -152,7 +158,8 @@ template <class Dot> struct CachedAttention {
 
     template <int D>
     static void attend(const CachedAttentionTask & task, int64_t query, int64_t head_kv, const Memory & m) {
-        constexpr int HEADS   = (LANES == 8 ? 8 : 16) / (D / LANES) < 1 ? 1 : (LANES == 8 ? 8 : 16) / (D / LANES);
+        constexpr int HEADS = heads_at_once(D);
+        static_assert(MAX_HEADS % HEADS == 0);
         const int64_t n_heads = task.n_heads / task.n_heads_kv;
         const auto *  mask = reinterpret_cast<const uint16_t *>(task.mask + static_cast<size_t>(query) * task.mask_row);
         int64_t       n    = 0;
