@@ -51,11 +51,12 @@ Source: TypeAlias = "Path | Slice | str | bytes | npt.NDArray[np.uint8]"
 class Item:
     """A picture and its key, which is the same in every run; and its prompt, if it has its own.
 
-    Without a `source` it is no picture, and `problem` says why.
+    Without a `source` it is no picture, and `problem` says why. A tuple is what one question shows
+    together: several pictures, or none.
     """
 
     key: str
-    source: Source | None
+    source: Source | tuple[Source, ...] | None
     prompt: str | None = None
     problem: str = ""
 
@@ -91,7 +92,7 @@ def count_inputs(inputs: Sequence[str], columns: Columns) -> Iterator[int]:
     total = 0
     for text in inputs:
         if text.lower().endswith(".parquet"):
-            total += int(_parquet(text).metadata.num_rows)
+            total += int(open_parquet(text).metadata.num_rows)
             continue
         for _ in _read_input(text, columns):
             total += 1
@@ -334,7 +335,8 @@ def _read_csv(path: str, columns: Columns) -> Iterator[Item]:
             yield _from_row(row, path, rows.line_num, columns)
 
 
-def _parquet(path: str) -> Any:
+def open_parquet(path: str) -> Any:
+    """A ParquetFile. Raises ImageError for what is none, OptionError where pyarrow is missing."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -347,7 +349,7 @@ def _parquet(path: str) -> Any:
 
 
 def _read_parquet(path: str, columns: Columns) -> Iterator[Item]:
-    with _parquet(path) as file:
+    with open_parquet(path) as file:
         _check_columns(path, file.schema_arrow.names, columns)
         wanted = {columns.image, columns.key, columns.prompt} - {None}
         number = 0

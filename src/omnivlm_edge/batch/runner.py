@@ -30,7 +30,7 @@ from ..report import milliseconds, usage
 from ..scheduler import Job, Scheduler, Update
 from ..sources import read_address
 from ..values import Answer, GenerateOptions, Turn
-from .inputs import Item, read_source
+from .inputs import Item, Source, read_source
 
 #: JSON: key, prompt, answer, finish_reason, error, and what is measured.
 Row: TypeAlias = "dict[str, Any]"
@@ -55,8 +55,8 @@ class Task:
     model: str | None = None
     mmproj: str | None = None
 
-    def make(self, model: OmniVLM, pixels: Pixels, prompt: str) -> Generation:
-        turns = [Turn(prompt, (pixels,))]
+    def make(self, model: OmniVLM, pixels: tuple[Pixels, ...], prompt: str) -> Generation:
+        turns = [Turn(prompt, pixels)]
         if self.choices:
             return model.prepare_choice(turns, self.choices, self.system)
         return model.prepare(turns, self.options, self.system)
@@ -209,15 +209,19 @@ class Answerer:
             for prompt in ticket.work.prompts:
                 self._end(ticket, prompt, error, flow)
 
-    def _pixels(self, item: Item) -> Pixels:
+    def _pixels(self, item: Item) -> tuple[Pixels, ...]:
         if item.source is None:
             raise ImageError(item.problem)
-        if isinstance(item.source, str):
-            picture = read_address(item.source, allow_private=self._allow_private)
-            return self._model.preprocess(picture)
-        return self._model.preprocess(read_source(item.source, item.key), item.key)
+        sources = item.source if isinstance(item.source, tuple) else (item.source,)
+        return tuple(self._preprocess(source, item.key) for source in sources)
 
-    def _job(self, ticket: _Ticket, prompt: str, pixels: Pixels, flow: _Flow) -> Job:
+    def _preprocess(self, source: Source, key: str) -> Pixels:
+        if isinstance(source, str):
+            picture = read_address(source, allow_private=self._allow_private)
+            return self._model.preprocess(picture)
+        return self._model.preprocess(read_source(source, key), key)
+
+    def _job(self, ticket: _Ticket, prompt: str, pixels: tuple[Pixels, ...], flow: _Flow) -> Job:
         def listen(update: Update) -> None:
             if isinstance(update, Answer | Exception):
                 flow.jobs.discard(job)

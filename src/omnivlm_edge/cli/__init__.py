@@ -20,6 +20,7 @@ from .compare import compare
 from .completion import completion
 from .convert import convert
 from .doctor import doctor
+from .eval import eval_
 from .imatrix import imatrix
 from .quantize import quantize
 from .run import run
@@ -35,6 +36,7 @@ Examples:
   omnivlm-edge batch omnivision photos -p "Describe the image" -o photos.jsonl
   omnivlm-edge serve omnivision
   omnivlm-edge quantize omnivision small --q4_k_m
+  omnivlm-edge eval omnivision pope coco-pope -o pope-scores
   omnivlm-edge doctor
 
 \b
@@ -82,6 +84,7 @@ for command in (
         quantize,
         imatrix,
         compare,
+        eval_,
         bench,
         convert,
         doctor,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..batch.inputs import Columns
     from ..batch.output import Output
     from ..batch.runner import Row, Task, Work
-    from ..values import ModelFiles
+    from ..values import GenerateOptions, ModelFiles
 
 FAILED_ROWS = 3  # the exit code
 PROMPT_POSITIONS = 256  # of one picture and a short question, and some more
@@ -177,7 +177,14 @@ def batch(
     files = find_model(
         model, mmproj, offline=offline, consent=consent(yes), make_vision=yes, notify=note
     )
-    task = _task(files, tuple(dict.fromkeys(prompts)), wanted, options, no_cache)
+    task = make_task(
+        files,
+        tuple(dict.fromkeys(prompts)),
+        options,
+        no_cache,
+        choices=wanted.choices,
+        system=wanted.system,
+    )
     about = _about(task, columns, settings)
     settings |= {
         "n_ctx": ctx_size
@@ -203,7 +210,7 @@ def batch(
         items = watch_folder(watch, stop) if watch else read_inputs(inputs, columns)
         skipped = (lambda n: None) if watch else progress.skip
         work: Iterator[Work] = pending(items, task, out.is_new, skipped)
-        _handle_signals(stop if watch else None)
+        handle_signals(stop if watch else None)
         if not watch:
             if "-" not in inputs:
                 progress.count(inputs, columns, max(1, len(prompts)))
@@ -250,9 +257,16 @@ def _answer_here(
     return answerer.run(work)
 
 
-def _task(
-    files: ModelFiles, prompts: tuple[str, ...], wanted: Wanted, options: Any, no_cache: bool
+def make_task(
+    files: ModelFiles,
+    prompts: tuple[str, ...],
+    options: GenerateOptions,
+    no_cache: bool,
+    *,
+    choices: tuple[str, ...] = (),
+    system: str | None = None,
 ) -> Task:
+    """What is asked, of model files that are hashed for it."""
     from ..batch.runner import Task
     from ..files import identity, loaded_digest
     from ..paths import cache_dir
@@ -264,8 +278,8 @@ def _task(
     return Task(
         prompts=prompts,
         options=options,
-        choices=wanted.choices,
-        system=wanted.system,
+        choices=choices,
+        system=system,
         variant=files.variant,
         model=text,
         mmproj=mmproj,
@@ -285,7 +299,7 @@ def _about(task: Task, columns: Columns, settings: EngineSettings) -> dict[str, 
     }
 
 
-def _handle_signals(stop: threading.Event | None) -> None:
+def handle_signals(stop: threading.Event | None) -> None:
     """SIGTERM is as Ctrl-C; when watching the first one ends it in peace."""
 
     def end(*_: Any) -> None:
@@ -363,6 +377,10 @@ class Progress:
         else:
             self._n_tokens += row["usage"]["completion_tokens"]
         self._bar.update()
+
+    def expect(self, n: int) -> None:
+        """So many rows there will be in all."""
+        self._bar.total = n
 
     def count(self, inputs: tuple[str, ...], columns: Columns, n_prompts: int) -> None:
         """Finds out, meanwhile, how many rows there will be."""
