@@ -1,5 +1,5 @@
 # make demo | test | lint | test-reference | test-ray | test-sanitize | test-kernels | test-kernels-arm
-#      bench-kernels | format | stub | docs | clean
+#      bench-kernels | eval-demo | format | stub | docs | clean
 #
 # Everything is installed into .venv; a second run finds it there and is quick.
 
@@ -13,7 +13,7 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE README.md \
 NATIVE  := $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h)
 LINTED  := src convert tests train bench docs
 
-.PHONY: demo test lint test-reference test-ray test-sanitize test-kernels test-kernels-arm bench-kernels format stub docs clean
+.PHONY: demo test lint test-reference test-ray test-sanitize test-kernels test-kernels-arm bench-kernels eval-demo format stub docs clean
 
 demo: $(VENV)/package.stamp
 	$(BIN)/omnivlm-edge run demo -i examples/horses.png -p "Describe the image"
@@ -24,6 +24,11 @@ test: $(VENV)/test.stamp
 # A batch on clusters of Ray's, of processes on this machine, some of which are killed.
 test-ray: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m ray
+
+# The scores of the demo that ships, on a test set that is made where there is none yet.
+eval-demo: $(VENV)/package.stamp
+	test -f build/testset/questions.jsonl || $(BIN)/python train/testset.py build/testset
+	$(BIN)/omnivlm-edge eval demo testset build/testset -o build/eval-demo
 
 test-reference: $(VENV)/reference.stamp
 	$(BIN)/python -m pytest -m reference

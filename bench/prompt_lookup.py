@@ -1,8 +1,8 @@
 """Would drafts from repeated n-grams ("prompt lookup") speed answers up?
 
-    python bench/prompt_lookup.py EXAM_DIR [--questions 300]
+    python bench/prompt_lookup.py TESTSET_DIR [--questions 300]
 
-EXAM_DIR is what `train/write_exam.py` wrote. The demo answers; each answer is then replayed: where
+TESTSET_DIR is what `train/testset.py` wrote. The demo answers; each answer is then replayed: where
 the last two or three tokens stand earlier in the question and the answer, what followed there is
 the draft, of at most eight tokens. Nothing is decoded with drafts: `steps_saved` is how many of
 llama.cpp's steps perfect bookkeeping would save, and every step with a draft costs more than one
@@ -27,11 +27,11 @@ MAX_DRAFT = 8
 
 
 @click.command()
-@click.argument("exam", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("testset", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--questions", default=300, show_default=True)
-def main(exam: Path, questions: int) -> None:
+def main(testset: Path, questions: int) -> None:
     """Replay the demo's answers and append to bench/results/prompt_lookup.jsonl."""
-    asked = read_questions(exam / "questions.jsonl")[:questions]
+    asked = read_questions(testset / "questions.jsonl")[:questions]
     answers: dict[str, list[tuple[list[int], list[int]]]] = {"descriptions": [], "others": []}
     with OmniVLM("demo", device="cpu", disk_cache=False) as model:
         for question in asked:

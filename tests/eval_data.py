@@ -114,8 +114,12 @@ def write_testset(folder: Path) -> Path:
     )
     rows = [
         {
-            **{"id": number, "image": scenes[scene]["image"], "kind": kind, "language": language},
-            **{"question": question, "answer": answer},
+            "id": number,
+            "image": scenes[scene]["image"],
+            "kind": kind,
+            "language": language,
+            "question": question,
+            "answer": answer,
         }
         for number, (scene, kind, language, question, answer) in enumerate(asked)
     ]
@@ -125,10 +129,20 @@ def write_testset(folder: Path) -> Path:
 
 def scienceqa_problem(**changed: Any) -> dict[str, Any]:
     return {
-        **{"question": "Which animal is it?", "choices": ["a horse", "a fish"], "answer": 0},
-        **{"hint": "", "image": "image.png", "task": "closed choice", "grade": "grade2"},
-        **{"subject": "natural science", "topic": "biology", "category": "", "skill": ""},
-        **{"lecture": "", "solution": "", "split": "test"},
+        "question": "Which animal is it?",
+        "choices": ["a horse", "a fish"],
+        "answer": 0,
+        "hint": "",
+        "image": "image.png",
+        "task": "closed choice",
+        "grade": "grade2",
+        "subject": "natural science",
+        "topic": "biology",
+        "category": "",
+        "skill": "",
+        "lecture": "",
+        "solution": "",
+        "split": "test",
         **changed,
     }
 
@@ -181,9 +195,7 @@ def write_mmmu(folder: Path) -> Path:
             mmmu_row("Art_Theory", 2, image_2=second, answer="B"),
         ],
         "Math": [
-            mmmu_row(
-                "Math", 1, question_type="open", options="[]", answer="['three', '3']"
-            ),
+            mmmu_row("Math", 1, question_type="open", options="[]", answer="['three', '3']"),
             mmmu_row("Math", 2, answer="D"),
         ],
     }

@@ -67,6 +67,9 @@ ALLOWED = {
     "batch": {
         *("engine", "errors", "generation", "image", "report", "scheduler", "sources", "values"),
     },
+    "evaluation": {
+        *("batch", "device", "engine", "errors", "files", "image", "machine"),
+    },
     "ray": {"batch", "engine", "errors", "files", "models", "paths", "sources", "values"},
     "imatrix": {"convert", "errors"},
     "calibration": {"_native", "engine", "errors", "image", "imatrix", "values"},
@@ -90,6 +93,7 @@ ALLOWED = {
             "doctor",
             "engine",
             "errors",
+            "evaluation",
             "files",
             "grammar",
         ),
@@ -162,7 +166,7 @@ def test_package_is_typed_and_the_stub_is_generated() -> None:
 
 MODULES = [
     path
-    for folder in (".", "cli", "quantize", "server")
+    for folder in (".", "batch", "cli", "evaluation", "quantize", "server")
     for path in sorted((PACKAGE / folder).glob("*.py"))
 ]
 

@@ -167,7 +167,8 @@ def compare_models(
 def read_questions(path: Path) -> list[ExamQuestion]:
     """Questions from lines of JSON: {"image": …, "prompt": …, "answer": …}.
 
-    The pictures' paths are relative to the file. Raises OptionError, which names the line.
+    `prompt` may be called `question`, as in a generated test set. The pictures' paths are relative
+    to the file. Raises OptionError, which names the line.
     """
     try:
         lines = path.read_text("utf-8").split("\n")  # a text may hold other line ends
@@ -179,7 +180,8 @@ def read_questions(path: Path) -> list[ExamQuestion]:
             continue
         try:
             fields = json.loads(line)
-            values = [fields[name] for name in ("image", "prompt", "answer")]
+            prompt = fields["prompt"] if "prompt" in fields else fields["question"]
+            values = [fields["image"], prompt, fields["answer"]]
         except (ValueError, TypeError, LookupError, RecursionError):
             values = []
         if not values or not all(isinstance(value, str) for value in values):

@@ -49,7 +49,7 @@ _COLUMNS = "model,MB,cosine,worst,error,KL text,top-1,KL whole,top-1,exact".spli
     "--questions",
     type=click.Path(path_type=Path),
     help='Ask these, too: lines of {"image": …, "prompt": …, "answer": …}, the image relative to '
-    "the file.",
+    "the file; or a test set's questions.jsonl.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @click.option(

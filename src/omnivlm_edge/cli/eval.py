@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from ..errors import OptionError
+from ..evaluation import BENCHMARKS
 from .batch import FAILED_ROWS, Progress, handle_signals, make_task
 from .options import (
     EngineSettings,
@@ -23,13 +24,12 @@ from .options import (
     writing,
 )
 
-NAMES = ("testset", "pope", "scienceqa", "mmmu", "mmvet", "chartqa")
 PROMPT_POSITIONS = 512  # of a question with choices and a picture, and some more
 
 
 @click.command("eval")
 @model_argument()
-@click.argument("benchmark", type=click.Choice(NAMES))
+@click.argument("benchmark", type=click.Choice(BENCHMARKS))
 @click.argument("data", type=click.Path(path_type=Path), shell_complete=complete_path)
 @click.option(
     "-o",
@@ -188,7 +188,11 @@ def eval_(
                 "text": {"file": files.text.name, "sha256": task.model},
                 "mmproj": {"file": files.mmproj.name, "sha256": task.mmproj},
             },
-            "options": dataclasses.asdict(options),
+            "options": {
+                "max_tokens": options.max_tokens,
+                "temperature": options.temperature,
+                "parallel": parallel,
+            },
             "ran": ran,
             "data_sha256": about["data"],
         }

@@ -8,8 +8,10 @@ run.py: questions -> rows, by batch/ -> scores -> files        failures.py: a sh
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
-from .benchmark import Benchmark
+if TYPE_CHECKING:
+    from .benchmark import Benchmark
 
 BENCHMARKS = ("testset", "pope", "scienceqa", "mmmu", "mmvet", "chartqa")
 

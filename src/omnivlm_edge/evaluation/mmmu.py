@@ -152,7 +152,7 @@ def read(data: Path, images: Path | None, split: str) -> list[Question]:
             for row in read_records(path, "id", "question", "answer", "question_type"):
                 pictures = [row[name] for name in _IMAGES if row.get(name)]
                 if not all(isinstance(name, str) for name in pictures):
-                    check_fields({}, f"{path}: {row['id']}", "image_1")
+                    raise OptionError(f"{path}: {row['id']} has a picture that is no file's name")
                 folder = images or path.parent
                 questions.append(_question(row, tuple(folder / name for name in pictures), path))
     if not questions:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import OptionError
-from .benchmark import Answers, Benchmark, Question, Scores, Table, check_fields, read_objects
+from .benchmark import Answers, Benchmark, Question, Scores, Table, read_objects
 
 PREDICTIONS = "mm-vet_predictions.json"
 _NOTE = (
@@ -31,7 +31,7 @@ def read(data: Path, images: Path | None, split: str) -> list[Question]:
     for name, row in read_objects(path, "imagename", "question", "answer").items():
         capability = row.get("capability")
         if not isinstance(capability, list) or not all(isinstance(c, str) for c in capability):
-            check_fields({}, f"{path}: entry {name}", "capability")
+            raise OptionError(f"{path}: entry {name} has no list of texts in 'capability'")
         questions.append(
             Question(
                 id=name,

@@ -27,6 +27,7 @@ from .benchmark import (
 SAMPLINGS = ("random", "popular", "adversarial")
 
 _CLAUSES = re.compile(r"[,.;:!?\n，。；：！？、]")
+_CHINESE = re.compile("[\u4e00-\u9fff]")
 _CHINESE_NO = re.compile(r"[不没否无]")
 _CHINESE_SAYS = re.compile(r"[是有对不没否无]")
 
@@ -46,12 +47,17 @@ def says_yes(answer: str, language: str = "en") -> bool:
 
 
 def read(data: Path, images: Path | None, split: str) -> list[Question]:
-    """Questions of all samplings that are there; those in `data`/zh are Chinese."""
+    """Questions of all samplings that are there, in `data` and, in Chinese, in `data`/zh."""
     questions = []
-    for folder, language in ((data, "en"), (data / "zh", "zh")):
+    for folder in (data, data / "zh"):
         for sampling in SAMPLINGS:
-            for path in sorted(folder.glob(f"*pope_{sampling}.json")):
-                questions += _read_file(path, images or data, sampling, language)
+            paths = sorted(folder.glob(f"*pope_{sampling}.json"))
+            if len(paths) > 1:
+                raise OptionError(
+                    f"{folder}: holds {paths[0].name} and {paths[1].name}; give each a directory"
+                )
+            for path in paths:
+                questions += _read_file(path, images or data, sampling)
     if not questions:
         raise OptionError(
             f"{data}: holds no POPE files, such as coco_pope_{SAMPLINGS[0]}.json or "
@@ -105,7 +111,7 @@ def _f1(pairs: Sequence[tuple[bool, bool]]) -> float:
     return 2 * both / either if either else 0.0
 
 
-def _read_file(path: Path, images: Path, sampling: str, language: str) -> list[Question]:
+def _read_file(path: Path, images: Path, sampling: str) -> list[Question]:
     rows = read_lines(path, "image", "text", "label")
     folders = (images, images / "images", images / "val2014", images.parent / "images")
     folder = picture_folder(folders, rows[0]["image"])
@@ -113,6 +119,7 @@ def _read_file(path: Path, images: Path, sampling: str, language: str) -> list[Q
     for number, row in enumerate(rows, 1):
         if row["label"] not in ("yes", "no"):
             raise OptionError(f"{path}: question {number} has the label '{row['label']}'")
+        language = "zh" if _CHINESE.search(row["text"]) else "en"
         questions.append(
             Question(
                 id=f"{path.stem}:{row.get('question_id', number)}",

@@ -18,7 +18,6 @@ from .benchmark import (
     Benchmark,
     Question,
     Scores,
-    check_fields,
     picture_folder,
     read_json,
     read_objects,
@@ -91,8 +90,7 @@ def _question(id: str, row: dict[str, Any], path: Path, images: Path | None) -> 
     place = f"{path}: entry {id}"
     choices, answer = row.get("choices"), row.get("answer")
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-        check_fields({}, place, "choices")
-    assert isinstance(choices, list)
+        raise OptionError(f"{place} has no 2 to {len(LETTERS)} 'choices'")
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise OptionError(f"{place} has no answer from 0 to {len(choices) - 1}")
     options = " ".join(f"({LETTERS[i]}) {choice}" for i, choice in enumerate(choices))
