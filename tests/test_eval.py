@@ -422,6 +422,7 @@ def test_names_in_texts() -> None:
         ("unanswerable", ENGLISH, "There is no egg.", "I cannot tell: no egg.", True),
         ("unanswerable", ENGLISH, "There is no egg.", "There isn't one.", True),
         ("unanswerable", ENGLISH, "There is no egg.", "At the top left.", False),
+        ("unanswerable", ENGLISH, "There is no egg.", "The horse is not on the left.", False),
         ("unanswerable", CHINESE, "图中没有鸡蛋。", "图里没有。", True),
     ],
 )
@@ -463,6 +464,8 @@ def test_test_set_files_and_scores(tmp_path: Path) -> None:
         assert values(scores.tables[name][group])[measure] == wanted, (name, group)
     assert values(scores.tables["descriptions"]["description, en"])["recall"] == 1 / 2
     assert scores.wrong == []
+    assert scores.tables["questions"]["all, en"]["accuracy"] == Share(7, 7)
+    assert scores.tables["questions"]["all, zh"]["accuracy"] == Share(1, 1)
     failed = testset.score(questions, [None] * len(questions))
     assert failed.wrong == list(range(len(questions)))
 

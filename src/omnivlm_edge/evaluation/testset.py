@@ -145,8 +145,9 @@ def right_list(asked: Asked, answer: str) -> bool:
 
 
 def denied(asked: Asked, answer: str) -> bool:
-    """That there is no answer: it says no, not or the like, as the right answer does."""
-    return bool(_DENIAL[asked.words.language].search(answer))
+    """That there is no answer: it says no, not or the like, and names no other thing."""
+    says_no = _DENIAL[asked.words.language].search(answer)
+    return bool(says_no) and asked.words.kinds(answer) <= asked.words.kinds(asked.truth)
 
 
 #: Of every kind of question but descriptions, in the order of the table.
@@ -260,6 +261,15 @@ def score(questions: Sequence[Question], answers: Answers) -> Scores:
                 name, row = _row(kind, mine)
                 table: Table = scores.tables.setdefault(name, {})
                 table[f"{kind}, {language}"] = row
+    for language in LANGUAGES:
+        judged = [
+            mark
+            for question, mark in zip(questions, marks, strict=True)
+            if question.facts["kind"] in RULES and question.facts["language"] == language
+        ]
+        if judged:
+            share = Share(sum(judged), len(judged))
+            scores.tables["questions"][f"all, {language}"] = {"accuracy": share}
     scores.wrong = wrong_places(marks)
     return scores
 
