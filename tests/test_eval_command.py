@@ -73,6 +73,17 @@ def test_every_benchmark(
             assert sheet.width > 100
 
 
+def test_a_question_may_show_several_pictures_or_none(tmp_path: Path) -> None:
+    for name, write in (("mmmu", write_mmmu), ("scienceqa", write_scienceqa)):
+        assert evaluate(name, write(tmp_path / name), tmp_path / f"{name}-out").returncode == 0
+    rows = [*read_rows(tmp_path / "mmmu-out" / "answers.jsonl")]
+    rows += read_rows(tmp_path / "scienceqa-out" / "answers.jsonl")
+    shown = {row["key"]: row["usage"]["image_tokens"] // 9 for row in rows}
+    assert shown["validation_Art_Theory_1"] == 1
+    assert shown["validation_Art_Theory_2"] == 2
+    assert (shown["4"], shown["7"]) == (1, 0)
+
+
 def test_the_demo_scores_as_it_answers(tmp_path: Path) -> None:
     """It knows the examples, in English, but not that a question may have no answer."""
     out = tmp_path / "out"
