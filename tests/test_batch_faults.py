@@ -49,7 +49,7 @@ def test_twenty_kills(tmp_path: Path) -> None:
     for kills_left in range(20, 0, -1):
         process = start(*options, "-o", out, "-q")
         share = (200 - n_lines(out)) // kills_left
-        wait_for_rows(out, n_lines(out) + moments.randrange(1 + share), process)
+        wait_for_rows(out, n_lines(out) + moments.randrange(1 + share // 2), process)
         time.sleep(moments.uniform(0, 0.01))
         process.kill()
         process.communicate()
