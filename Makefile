@@ -27,7 +27,7 @@ test-slow: $(VENV)/test.stamp
 
 # The scores of the demo that ships, on a test set that is made where there is none yet.
 eval-demo: $(VENV)/package.stamp
-	test -f build/testset/questions.jsonl || $(BIN)/python train/testset.py build/testset
+	test -f build/testset/questions.jsonl || $(BIN)/python train/testset.py build/testset --split test -n 500
 	$(BIN)/omnivlm-edge eval demo testset build/testset -o build/eval-demo
 
 test-reference: $(VENV)/reference.stamp
