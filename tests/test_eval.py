@@ -96,6 +96,7 @@ def test_tally_counts_a_mark_in_each_of_its_groups() -> None:
         ("没有，图中没有马。", "zh", False),
         ("图片中，没有马。", "zh", False),
         ("不，那是鸭子。", "zh", False),
+        ("No, there is none.", "zh", False),  # a Chinese question, answered in English
     ],
 )
 def test_yes_and_no(answer: str, language: str, yes: bool) -> None:

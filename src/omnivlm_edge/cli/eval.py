@@ -199,7 +199,7 @@ def eval_(
         answers = steps.read_answers(out.path, questions)
         with writing(output):
             text = steps.report(output, chosen, questions, answers, result)
-    click.echo(text, nl=False)
+    click.echo(text.encode(errors="backslashreplace").decode(), nl=False)  # names may be no text
     if not all(row and row["answer"] is not None for row in answers):
         click.get_current_context().exit(FAILED_ROWS)
 

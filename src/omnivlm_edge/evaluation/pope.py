@@ -35,10 +35,11 @@ _CHINESE_SAYS = re.compile(r"[是有对不没否无]")
 def says_yes(answer: str, language: str = "en") -> bool:
     """What an answer means; what is neither yes nor no counts as yes, as in the original.
 
-    In English it is no where the first sentence, up to a full stop, has the word No, no or not. In
-    Chinese, for which the original has no rule, the first clause decides that says anything.
+    In English it is no where the first sentence, up to a full stop, has the word No, no or not. Of
+    a Chinese answer, for which the original has no rule, the first clause that says anything
+    decides.
     """
-    if language == "zh":
+    if language == "zh" and _CHINESE.search(answer):
         text = re.sub("[没不]错", "是", answer)
         says = next(filter(_CHINESE_SAYS.search, _CLAUSES.split(text)), "")
         return not _CHINESE_NO.search(says)

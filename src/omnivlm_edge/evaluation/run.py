@@ -152,10 +152,9 @@ def report(
     text = _markdown(benchmark, about, len(questions), scores)
     files = {RESULT: result, **scores.files}
     for name, content in files.items():
-        write_whole(
-            folder / name, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-        )
-    write_whole(folder / "result.md", text.encode())
+        whole = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        write_whole(folder / name, whole.encode(errors="backslashreplace"))  # in JSON an escape
+    write_whole(folder / "result.md", text.encode(errors="backslashreplace"))
     sheet = draw_sheet(_examples(questions, answers, scores.wrong))
     if sheet is None:
         with contextlib.suppress(FileNotFoundError):
