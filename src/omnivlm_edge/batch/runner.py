@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, TypeAlias
 
 from ..engine import OmniVLM
@@ -30,7 +29,7 @@ from ..report import milliseconds, usage
 from ..scheduler import Job, Scheduler, Update
 from ..sources import read_address
 from ..values import Answer, GenerateOptions, Turn
-from .inputs import Item, read_source
+from .inputs import Item, is_text, read_source
 
 #: JSON: key, prompt, answer, finish_reason, error, and what is measured.
 Row: TypeAlias = "dict[str, Any]"
@@ -54,6 +53,11 @@ class Task:
     variant: str | None = None
     model: str | None = None
     mmproj: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises OptionError for a prompt that no output could hold."""
+        if not all(map(is_text, self.prompts)):
+            raise OptionError("the prompt is not valid text: it must be UTF-8")
 
     def make(self, model: OmniVLM, pixels: Pixels, prompt: str) -> Generation:
         turns = [Turn(prompt, (pixels,))]
@@ -168,12 +172,7 @@ class Answerer:
     def __enter__(self) -> Answerer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ---- threads --------------------------------------------------------------------------------
