@@ -24,9 +24,14 @@ from .options import (
     complete_path,
     consent,
     engine_options,
+    mmproj_option,
     model_argument,
     note,
+    offline_option,
+    parallel_option,
+    private_urls_option,
     setting,
+    yes_option,
 )
 
 if TYPE_CHECKING:
@@ -95,17 +100,9 @@ PROMPT_POSITIONS = 256  # of one picture and a short question, and some more
 @click.option(
     "--ray-gpus", type=click.FloatRange(min=0), default=0, show_default=True, help="Each."
 )
-@click.option(
-    "--mmproj", type=click.Path(path_type=Path), help="Vision file (GGUF), if not beside MODEL."
-)
+@mmproj_option
 @answer_options
-@setting(
-    "--parallel",
-    type=click.IntRange(1, 64),
-    default=8,
-    show_default=True,
-    help="Answers generated at the same time.",
-)
+@parallel_option
 @setting(
     "--readers",
     type=click.IntRange(1, 64),
@@ -115,10 +112,10 @@ PROMPT_POSITIONS = 256  # of one picture and a short question, and some more
     None, "Positions that all running answers share.  [default: 256 and -n for each of them]"
 )
 @setting("--no-cache", is_flag=True, help="Keep no hashes of the model's files on disk.")
-@setting("--allow-private-urls", is_flag=True, help="Fetch pictures from private addresses too.")
-@setting("--offline", is_flag=True, help="Download no models.")
+@private_urls_option
+@offline_option
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
-@click.option("-y", "--yes", is_flag=True, help="Make here, once, what is not published.")
+@yes_option
 def batch(
     model: str,
     inputs: tuple[str, ...],
