@@ -165,18 +165,19 @@ def answer_all(
     """In a process of its own: the runner of `omnivlm-edge batch`."""
     from omnivlm_edge import GenerateOptions, OmniVLM
     from omnivlm_edge.batch.inputs import Item
-    from omnivlm_edge.batch.runner import Answerer, Task, Work
+    from omnivlm_edge.batch.runner import Answerer, Task, Work, context_size
 
+    options = GenerateOptions(max_tokens=TOKENS)
     model = OmniVLM(
         text,
         mmproj,
         device="cpu",
-        n_ctx=n_parallel * (256 + TOKENS),
+        n_ctx=context_size(options, n_parallel),
         n_sequences=n_parallel,
         n_threads=threads,
         disk_cache=False,
     )
-    task = Task((QUESTION,), GenerateOptions(max_tokens=TOKENS))
+    task = Task((QUESTION,), options)
     with Answerer(model, task, n_parallel=n_parallel) as answerer:
         work = [Work(Item(str(path), path), (QUESTION,)) for path in photos]
         list(answerer.run(work[:1]))

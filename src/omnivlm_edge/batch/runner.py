@@ -28,13 +28,14 @@ from ..image import Pixels
 from ..report import milliseconds, usage
 from ..scheduler import Job, Scheduler, Update
 from ..sources import read_address
-from ..values import Answer, GenerateOptions, Turn
+from ..values import DEFAULT_MAX_TOKENS, Answer, GenerateOptions, Turn
 from .inputs import Item, is_text, read_source
 
 #: JSON: key, prompt, answer, finish_reason, error, and what is measured.
 Row: TypeAlias = "dict[str, Any]"
 
 _MAX_READERS = 4
+_PROMPT_POSITIONS = 256  # of one picture and a short question, and some more
 # The whole run ends: the next picture would not fare better.
 _FATAL = (ClosedError, DeviceError, ModelFileError)
 
@@ -69,6 +70,11 @@ class Task:
         """The SHA-256 of all that stands around a picture."""
         text = json.dumps([self.variant, self.system, prompt])
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def context_size(options: GenerateOptions, n_parallel: int) -> int:
+    """Positions for so many answers at the same time, about one picture each."""
+    return n_parallel * (_PROMPT_POSITIONS + (options.max_tokens or DEFAULT_MAX_TOKENS))
 
 
 @dataclass(frozen=True)

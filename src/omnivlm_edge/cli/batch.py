@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..values import DEFAULT_MAX_TOKENS
 from .options import (
     EngineSettings,
     Wanted,
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from ..values import ModelFiles
 
 FAILED_ROWS = 3  # the exit code
-PROMPT_POSITIONS = 256  # of one picture and a short question, and some more
 
 
 @click.command()
@@ -164,7 +162,7 @@ def batch(
 
     from ..batch.inputs import Columns, check_inputs, read_inputs
     from ..batch.output import Output
-    from ..batch.runner import pending
+    from ..batch.runner import context_size, pending
     from ..batch.watch import watch_folder
     from ..models import find_model
 
@@ -177,8 +175,7 @@ def batch(
     task = _task(files, tuple(dict.fromkeys(prompts)), wanted, options, no_cache)
     about = _about(task, columns, settings)
     settings |= {
-        "n_ctx": ctx_size
-        or parallel * (PROMPT_POSITIONS + (options.max_tokens or DEFAULT_MAX_TOKENS)),
+        "n_ctx": ctx_size or context_size(options, parallel),
         "n_sequences": parallel,
         "disk_cache": False,
     }
