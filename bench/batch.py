@@ -37,6 +37,7 @@ from contenders.process import Child
 from side_by_side import SCRATCH, Numbers, ask_about, write_photos
 
 from omnivlm_edge.machine import commit, describe_machine
+from omnivlm_edge.memory import parse_peak
 
 RESULTS = Path(__file__).parent / "results" / "batch.jsonl"
 TOKENS = 40
@@ -242,12 +243,9 @@ def _watch_memory(pid: int, peaks: list[int]) -> None:
     status = Path(f"/proc/{pid}/status")
     while True:
         try:
-            found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
-        except OSError:
+            peaks.append(round(parse_peak(status.read_text()) / 1e6))
+        except (OSError, ValueError):  # it has ended
             return
-        if not found:
-            return
-        peaks.append(round(int(found[1]) * 1024 / 1e6))
         time.sleep(0.1)
 
 
