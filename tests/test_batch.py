@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -30,6 +31,7 @@ from omnivlm_edge.batch.output import Output, decode_row, encode_row, key_of
 from omnivlm_edge.batch.runner import Answerer, Task, Work
 from omnivlm_edge.batch.watch import watch_folder
 from omnivlm_edge.cli import cli
+from omnivlm_edge.cli.batch import _check_address
 
 DESCRIBED = "The image shows three horses and one duck near the water."
 
@@ -377,6 +379,18 @@ def test_parquet_and_shards(photos: Path, tmp_path: Path) -> None:
     lines = tmp_path / "lines"
     assert batch(photos, "-p", QUESTION, "-o", f"{lines}/", "--shard-rows", 4).returncode == 0
     assert [len(read_rows(path)) for path in sorted(lines.glob("part-*"))] == [4, 2]
+
+
+def test_files_named_as_addresses_of_ray_confuse_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("None", "auto", "local", "a:1"):
+        (tmp_path / name).write_bytes(b"")
+    for address in (None, "auto", "local", "ray://host:1"):
+        _check_address(address)
+    with pytest.raises(click.UsageError, match="took a:1 for an address"):
+        _check_address("a:1")
 
 
 def test_usage_errors(photos: Path, tmp_path: Path) -> None:

@@ -92,7 +92,8 @@ def count_inputs(inputs: Sequence[str], columns: Columns) -> Iterator[int]:
     total = 0
     for text in inputs:
         if text.lower().endswith(".parquet") and os.path.isfile(text):
-            total += int(_parquet(text).metadata.num_rows)
+            with _parquet(text) as file:
+                total += int(file.metadata.num_rows)
             continue
         for _ in _read_input(text, columns):
             total += 1

@@ -303,8 +303,9 @@ def _parse_actors(text: str) -> tuple[int, int]:
 
 
 def _check_address(address: str | None) -> None:
-    known = address in (None, "auto", "local") or ":" in str(address)
-    if not known or os.path.exists(str(address)):
+    if address is None or address in ("auto", "local"):
+        return
+    if ":" not in address or os.path.exists(address):
         raise click.UsageError(
             f"--ray took {address} for an address (auto, local, HOST:PORT, ray://…): put --ray last"
         )
