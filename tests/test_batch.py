@@ -66,6 +66,8 @@ def test_folder_pattern_and_list_name_the_same_pictures(photos: Path, tmp_path: 
         paths.write_bytes(end.join(found).encode())
         assert keys([str(paths)]) == found
     assert list(count_inputs([str(photos), str(tmp_path / "list.txt")], Columns())) == [12]
+    paths.write_text("a.png\ndata:image/png;base64,AAAA\n")
+    assert keys([str(paths)]) == [f"{tmp_path}/a.png", f"{paths}:2"]
 
 
 def test_tables_and_shards(photos: Path, tmp_path: Path) -> None:

@@ -276,7 +276,7 @@ def _read_list(file: Any, folder: str, name: str) -> Iterator[Item]:
             continue
         text = os.fsdecode(line.strip(b"\r\n") if end == b"\n" else line)
         if text:
-            yield _item_of(text, folder)
+            yield _item_of(text, folder, f"{name}:{number}")
 
 
 def _lines(file: BinaryIO, end: bytes = b"\n") -> Iterator[tuple[int, bytes | None]]:
@@ -298,10 +298,13 @@ def _too_long(name: str, number: int) -> Item:
     return Item(f"{name}:{number}", None, problem=f"the line is longer than {MAX_LINE >> 20} MiB")
 
 
-def _item_of(text: str, folder: str, prompt: str | None = None, key: str | None = None) -> Item:
-    """A path, from `folder` on, or an address."""
+def _item_of(
+    text: str, folder: str, place: str, prompt: str | None = None, key: str | None = None
+) -> Item:
+    """A path, from `folder` on, or an address; a data: URI is named by its place."""
     if is_address(text):
-        return Item(text if key is None else key, text, prompt)
+        name = place if text[:5].lower() == "data:" else text
+        return Item(name if key is None else key, text, prompt)
     path = os.path.join(folder, text)
     return Item(path if key is None else key, Path(path), prompt)
 
@@ -408,9 +411,7 @@ def _from_row(row: Any, path: str, number: int, columns: Columns) -> Item:
     if not isinstance(image, str) or not image or not _is_name(image):
         problem = f"the row has no usable '{columns.image}'"
         return Item(place if key is None else key, None, prompt, problem)
-    if key is None and image[:5].lower() == "data:":
-        key = place
-    return _item_of(image, os.path.dirname(path), prompt, key)
+    return _item_of(image, os.path.dirname(path), place, prompt, key)
 
 
 def is_text(text: str) -> bool:
