@@ -73,23 +73,21 @@ def cli() -> None:
 
 
 for command in (
-    *(
-        run,
-        batch,
-        serve,
-        pull,
-        ls,
-        show,
-        rm,
-        quantize,
-        imatrix,
-        compare,
-        eval_,
-        bench,
-        convert,
-        doctor,
-        completion,
-    ),
+    run,
+    batch,
+    serve,
+    pull,
+    ls,
+    show,
+    rm,
+    quantize,
+    imatrix,
+    compare,
+    eval_,
+    bench,
+    convert,
+    doctor,
+    completion,
 ):
     cli.add_command(command)
 

@@ -18,10 +18,14 @@ from .options import (
     complete_path,
     consent,
     engine_options,
+    mmproj_option,
     model_argument,
     note,
+    offline_option,
+    parallel_option,
     setting,
     writing,
+    yes_option,
 )
 
 PROMPT_POSITIONS = 512  # of a question with choices and a picture, and some more
@@ -53,22 +57,14 @@ PROMPT_POSITIONS = 512  # of a question with choices and a picture, and some mor
 )
 @click.option("--overwrite", is_flag=True, help="Ask everything again.")
 @click.option("--retry-errors", is_flag=True, help="Ask the questions again that failed.")
-@click.option(
-    "--mmproj", type=click.Path(path_type=Path), help="Vision file (GGUF), if not beside MODEL."
-)
+@mmproj_option
 @setting(
     "-n",
     "--max-tokens",
     type=click.IntRange(min=1),
     help="Longest answer, in tokens.  [default: what suits the benchmark]",
 )
-@setting(
-    "--parallel",
-    type=click.IntRange(1, 64),
-    default=8,
-    show_default=True,
-    help="Answers generated at the same time.",
-)
+@parallel_option
 @setting(
     "--readers",
     type=click.IntRange(1, 64),
@@ -78,9 +74,9 @@ PROMPT_POSITIONS = 512  # of a question with choices and a picture, and some mor
     None, "Positions that all running answers share.  [default: 512 and -n for each of them]"
 )
 @setting("--no-cache", is_flag=True, help="Keep no hashes of the model's files on disk.")
-@setting("--offline", is_flag=True, help="Download no models.")
+@offline_option
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
-@click.option("-y", "--yes", is_flag=True, help="Make here, once, what is not published.")
+@yes_option
 def eval_(
     model: str,
     benchmark: str,
