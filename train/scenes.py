@@ -20,7 +20,7 @@ from platformdirs import user_cache_path
 from things import COLOURS, KINDS, SETTINGS, THINGS
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-TWEMOJI = user_cache_path("omnivlm-edge") / "twemoji-16.0.0"  # filled by testset.py
+TWEMOJI = user_cache_path("omnivlm-edge-train") / "twemoji-16.0.0"  # filled by testset.py
 STYLES = ("noto", "twemoji")  # the second one is for tests alone
 SPLITS = ("train", "validation", "test")
 RELATIONS = ("left", "right", "above", "below", "on", "next")
