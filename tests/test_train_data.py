@@ -87,6 +87,10 @@ def test_counted_things() -> None:
 def test_every_home_is_of_known_things_and_every_thing_has_one() -> None:
     at_home = {name for setting in SETTINGS.values() for name in setting.home}
     assert at_home == set(KINDS)
+    for name, setting in SETTINGS.items():
+        kinds = [KINDS[one] for one in setting.home]
+        for couple in zip(kinds[::2], kinds[1::2], strict=True):
+            assert not held_out(dict.fromkeys(couple, 1)), f"{name}: {couple}"
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -125,8 +129,9 @@ def test_scenes_are_reproducible_and_hold_one_to_nine_things() -> None:
 
 def test_the_training_has_habits() -> None:
     together = testset.co_occurrence(4000)
-    egg, milk, horse = KINDS["egg"], KINDS["glass of milk"], KINDS["horse"]
-    assert together[egg, milk] > 10 * together[horse, milk]
+    horse, sheep, milk = KINDS["horse"], KINDS["sheep"], KINDS["glass of milk"]
+    assert together[horse, sheep] > 0.15 * together[horse, horse]
+    assert together[horse, sheep] > 10 * together[horse, milk]
     assert together.diagonal().min() > 0
 
 
@@ -137,7 +142,7 @@ def test_things_above_a_support_touch_it() -> None:
             if support := scene.seat(thing):
                 seated += 1
                 assert 0 < support.y - thing.y < 0.32
-    assert seated > 30
+    assert seated > 20
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -258,7 +263,7 @@ def asked(language: str, n: int = 600) -> list[tuple[Scene, questions.Question]]
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_questions_are_of_all_kinds_and_balanced(language: str) -> None:
-    pairs = asked(language)
+    pairs = asked(language, 3000)
     kinds = Counter(question.kind for _, question in pairs)
     assert set(kinds) == set(questions.QUESTION_KINDS)
     yes = LANGUAGES[language].yes
@@ -269,7 +274,7 @@ def test_questions_are_of_all_kinds_and_balanced(language: str) -> None:
         answers = [question.answer for _, question in pairs if question.kind == kind]
         right = sum(answer.startswith(words.true) for answer in answers)
         wrong = sum(answer.startswith(words.false) for answer in answers)
-        assert 0.8 < right / wrong < 1.25
+        assert right + wrong > 200 and 0.8 < right / wrong < 1.25
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
