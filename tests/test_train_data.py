@@ -324,6 +324,8 @@ CASES_EN = [
     ("water", POND, "Nice!  There are three horses  near the water", None),
     ("water", POND, "", "The image shows three horses and one duck near the water."),
     ("water", POND, "Yes.", None),
+    ("water", POND, "There is three horses on the water near the water.", None),
+    ("water", POND, "The image shows one duck near the water.", None),
     # numbers
     (
         "water",
