@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from scenes import THINGS, place, render
+from scenes import Scene, put, render
+from things import KINDS
 
 SIZE = 768
-KINDS = {thing.one: kind for kind, thing in enumerate(THINGS)}
 EXAMPLES = {
     "horses.png": ("water", 3, {3: "horse", 4: "horse", 5: "duck", 7: "horse"}),
     "shopping.png": (
@@ -22,15 +22,30 @@ EXAMPLES = {
 }
 
 
+def example(name: str) -> Scene:
+    """The scene of an example picture, by the picture's name."""
+    setting, seed, cells = EXAMPLES[name]
+    rng = np.random.default_rng(seed)
+    placed = tuple(
+        put(
+            KINDS[one],
+            cell,
+            (rng.uniform(-0.025, 0.025), rng.uniform(-0.025, 0.025)),
+            rng.uniform(0.25, 0.32),
+            bool(rng.random() < 0.5),
+        )
+        for cell, one in cells.items()
+    )
+    return Scene(setting, placed, int(rng.integers(2**31)))
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    for name, (setting, seed, cells) in EXAMPLES.items():
-        kinds = {cell: KINDS[one] for cell, one in cells.items()}
-        scene = place(np.random.default_rng(seed), setting, kinds)
-        render(scene, SIZE).save(folder / name)
+    for name in EXAMPLES:
+        render(example(name), SIZE).save(folder / name)
 
 
 if __name__ == "__main__":

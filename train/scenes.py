@@ -1,97 +1,40 @@
-"""Drawn scenes of everyday things, and questions about them with known answers.
+"""Drawn scenes of everyday things: how they are sampled and drawn, and what their patches show.
 
-A scene is one to three kinds of thing, one to three of each, on a jittered 3x3 grid over a drawn
-setting. Thing pairs in `HELD_OUT` never meet in a training scene; a held-out scene has such a pair.
+A scene is one to three kinds of thing, mostly one to three of each, on a jittered 3x3 grid over a
+drawn setting. Most things are where they are at home (horses on grass, eggs in a fridge), so that
+the training has habits that a model can fall for. Some pairs of things and some numbers of a thing
+(`held_out`) never come in training; every scene of the other splits has one of its own.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import combinations
+from bisect import bisect
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import accumulate, combinations
 from math import pi
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from platformdirs import user_cache_path
 
-FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
-NUMBERS = ("no", "one", "two", "three")
-ROWS = ("top", "middle", "bottom")
-COLUMNS = ("left", "middle", "right")
-IMAGE_SIZE = 126
-PATCH = 14
+from things import COLOURS, KINDS, SETTINGS, THINGS
 
-
-@dataclass(frozen=True)
-class Thing:
-    """A kind of thing: its emoji, its names, and a bare word ("bread") if it has one."""
-
-    emoji: str
-    one: str
-    many: str
-    category: str
-    bare: str = ""
-
-    @property
-    def some(self) -> str:
-        """The name without a number: "eggs", but "bread"."""
-        return self.bare or self.many
-
-    def counted(self, count: int) -> str:
-        """As in "one egg", "two eggs", "no eggs"."""
-        return f"{NUMBERS[count]} {self.one if count == 1 else self.many}"
-
-
-THINGS = (
-    Thing("🐎", "horse", "horses", "animal"),
-    Thing("🐄", "cow", "cows", "animal"),
-    Thing("🐑", "sheep", "sheep", "animal"),
-    Thing("🐖", "pig", "pigs", "animal"),
-    Thing("🐕", "dog", "dogs", "animal"),
-    Thing("🐈", "cat", "cats", "animal"),
-    Thing("🦆", "duck", "ducks", "animal"),
-    Thing("🐓", "rooster", "roosters", "animal"),
-    Thing("🐇", "rabbit", "rabbits", "animal"),
-    Thing("🐘", "elephant", "elephants", "animal"),
-    Thing("🦋", "butterfly", "butterflies", "animal"),
-    Thing("🥚", "egg", "eggs", "food"),
-    Thing("🍞", "loaf of bread", "loaves of bread", "food", "bread"),
-    Thing("🥛", "glass of milk", "glasses of milk", "food", "milk"),
-    Thing("🧀", "piece of cheese", "pieces of cheese", "food", "cheese"),
-    Thing("🍎", "apple", "apples", "food"),
-    Thing("🍌", "banana", "bananas", "food"),
-    Thing("🥕", "carrot", "carrots", "food"),
-    Thing("🍅", "tomato", "tomatoes", "food"),
-    Thing("🍋", "lemon", "lemons", "food"),
-    Thing("🍓", "strawberry", "strawberries", "food"),
-    Thing("🍍", "pineapple", "pineapples", "food"),
-    Thing("🍕", "slice of pizza", "slices of pizza", "food", "pizza"),
-    Thing("🚗", "car", "cars", "vehicle"),
-    Thing("🚌", "bus", "buses", "vehicle"),
-    Thing("🚲", "bicycle", "bicycles", "vehicle"),
-    Thing("⛵", "boat", "boats", "vehicle"),
-    Thing("🚜", "tractor", "tractors", "vehicle"),
-    Thing("🪑", "chair", "chairs", "household"),
-    Thing("☕", "cup", "cups", "household"),
-    Thing("🔑", "key", "keys", "household"),
-    Thing("☂", "umbrella", "umbrellas", "household"),
-    Thing("⏰", "clock", "clocks", "household"),
-    Thing("⚽", "ball", "balls", "household"),
-)
-SETTINGS = {
-    "water": "near the water",
-    "grass": "on the grass",
-    "beach": "on the beach",
-    "sky": "in the sky",
-    "table": "on a table",
-    "cart": "in a shopping cart",
-}
-HELD_OUT = frozenset(
-    pair for pair in combinations(range(len(THINGS)), 2) if (pair[0] * 7 + pair[1] * 5) % 11 == 3
-)
+FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+TWEMOJI = user_cache_path("omnivlm-edge") / "twemoji-16.0.0"  # filled by testset.py
+STYLES = ("noto", "twemoji")  # the second one is for tests alone
+SPLITS = ("train", "validation", "test")
+RELATIONS = ("left", "right", "above", "below", "on", "next")
+MAX_COUNT = 4
+TINTS = tuple(colour for colour in COLOURS if colour != "orange")  # too near to red and yellow
+SMALL, LARGE = 0.23, 0.34  # a thing's size is below, above
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One drawn thing; `x`, `y` (its centre) and `size` are fractions of the picture's side."""
+    """One drawn thing; `x`, `y` (its centre) and `size` are fractions of the picture's side.
+
+    `angle` is in degrees, counter-clockwise; `tint` a colour in which it is drawn, if not its own.
+    """
 
     kind: int
     row: int
@@ -100,89 +43,322 @@ class Placed:
     y: float
     size: float
     mirrored: bool
+    angle: int = 0
+    tint: str = ""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A setting and the things in it, in reading order; `seed` fixes the setting's details."""
+    """A setting and the things in it, in reading order; `seed` fixes the setting's details.
+
+    `light` multiplies the setting's red, green and blue, `marks` is the seed of shapes that are no
+    things (0: none), `blur` the radius of a blur in pixels of a picture of 126.
+    """
 
     setting: str
     placed: tuple[Placed, ...]
     seed: int
+    flipped: bool = False
+    light: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    marks: int = 0
+    blur: float = 0.0
 
-    @property
+    @cached_property
     def counts(self) -> dict[int, int]:
         """How many of each kind, in the order in which the kinds first appear."""
         kinds = [thing.kind for thing in self.placed]
         return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
+    def of(self, kind: int) -> list[Placed]:
+        """The things of a kind, in reading order."""
+        return [thing for thing in self.placed if thing.kind == kind]
 
-@dataclass(frozen=True)
-class Question:
-    """A question about a scene; `kind` is describe, count, yesno, where or setting."""
+    def colour(self, kind: int) -> str:
+        """The colour of the things of a kind; "" if there are none or they have no single one."""
+        things = self.of(kind)
+        return (things[0].tint or THINGS[kind].colour) if things else ""
 
-    kind: str
-    question: str
-    answer: str
+    def size(self, kind: int) -> int:
+        """-1 for small things, 1 for large ones, 0 for those between."""
+        size = self.of(kind)[0].size
+        return (size > LARGE) - (size < SMALL)
+
+    def seat(self, thing: Placed) -> Placed | None:
+        """What the thing stands on: the support right below it."""
+        if THINGS[thing.kind].support:
+            return None
+        for other in self.placed:
+            below = (other.row, other.column) == (thing.row + 1, thing.column)
+            if below and THINGS[other.kind].support:
+                return other
+        return None
+
+    def stands(self, relation: str, a: Placed, b: Placed) -> bool:
+        """Whether `a` is left of, right of, above, below, on or next to `b`."""
+        match relation:
+            case "left":
+                return a.column < b.column
+            case "right":
+                return a.column > b.column
+            case "above":
+                return a.row < b.row
+            case "below":
+                return a.row > b.row
+            case "on":
+                return self.seat(a) == b
+            case "next":
+                return a.row == b.row and abs(a.column - b.column) == 1
+        raise ValueError(f"relation is {relation!r}: it must be one of {', '.join(RELATIONS)}")
+
+    def holds(self, relation: str, kind: int, other: int) -> bool:
+        """Whether everything of `kind` stands so to everything of `other`, both being there."""
+        return all(self.stands(relation, a, b) for a in self.of(kind) for b in self.of(other))
+
+    def relations(self, kind: int, other: int) -> list[str]:
+        """How a person would say that a single thing is to another: [] where it is askew."""
+        (a,), (b,) = self.of(kind), self.of(other)
+        if a.row != b.row and a.column != b.column:
+            return []
+        said = [relation for relation in RELATIONS if self.holds(relation, kind, other)]
+        return [relation for relation in said if relation != "above" or "on" not in said]
 
 
 # ---- sampling ---------------------------------------------------------------------------------
 
+BACKDROPS = 64  # drawings of each setting in training; the other splits have new ones
+HOME_SHARE = 0.75  # of the things are drawn from those at home in the setting
+_ANGLES = (-18, -12, -6, 6, 12, 18)
+_RESIDUES = {"validation": 2, "test": 5}
 
-def place(rng: np.random.Generator, setting: str, cells: dict[int, int]) -> Scene:
-    """A scene with kind `cells[c]` in cell c (0..8 in reading order), jittered."""
-    placed = tuple(
-        Placed(
-            kind=cells[cell],
-            row=cell // 3,
-            column=cell % 3,
-            x=0.2 + 0.3 * (cell % 3) + rng.uniform(-0.025, 0.025),
-            y=0.2 + 0.3 * (cell // 3) + rng.uniform(-0.025, 0.025),
-            size=rng.uniform(0.25, 0.32),
-            mirrored=bool(rng.random() < 0.5),
-        )
-        for cell in sorted(cells)
+
+def held_out(kinds: dict[int, int]) -> set[str]:
+    """The splits other than "train" to which these kinds and their counts belong; mostly none."""
+    pairs = [(7 * a + 5 * b) % 11 for a, b in combinations(sorted(kinds), 2)]
+    counts = [(7 * kind + 3 * count) % 13 for kind, count in kinds.items() if count in (2, 3)]
+    return {split for split, residue in _RESIDUES.items() if residue in pairs + counts}
+
+
+def _home_weights(home: tuple[str, ...]) -> tuple[list[int], list[float]]:
+    """The kinds at home in a setting, and their weights summed up: the first ones' are largest."""
+    return [KINDS[name] for name in home], list(
+        accumulate(1 / (rank + 3) for rank in range(len(home)))
     )
-    return Scene(setting, placed, int(rng.integers(2**31)))
 
 
-def sample_kinds(rng: np.random.Generator, held_out: bool) -> list[int]:
-    """One to three kinds; some pair of them is in `HELD_OUT` exactly if `held_out`."""
+_HOME = {name: _home_weights(setting.home) for name, setting in SETTINGS.items()}
+
+
+def _sample_kinds(rng: np.random.Generator, setting: str) -> dict[int, int]:
+    """One to three kinds and how many of each, at most nine in all."""
+    home, weights = _HOME[setting]
     while True:
-        number = int(rng.integers(2 if held_out else 1, 4))
-        kinds = [int(kind) for kind in rng.choice(len(THINGS), number, replace=False)]
-        if held_out == any(pair in HELD_OUT for pair in combinations(sorted(kinds), 2)):
+        number = rng.integers(1, 4)
+        kinds = {}
+        for at_home, which, count in rng.random((number, 3)).tolist():
+            if at_home < HOME_SHARE:
+                kind = home[bisect(weights, which * weights[-1])]
+            else:
+                kind = int(which * len(THINGS))
+            kinds[kind] = bisect((0.0, 0.34, 0.65, 0.95), count)
+        if len(kinds) == number and sum(kinds.values()) <= 9:
             return kinds
 
 
-def sample_scene(rng: np.random.Generator, held_out: bool) -> Scene:
-    """A random scene."""
-    things = [k for k in sample_kinds(rng, held_out) for _ in range(rng.integers(1, 4))]
-    cells = rng.choice(9, len(things), replace=False)
-    setting = list(SETTINGS)[rng.integers(len(SETTINGS))]
-    return place(rng, setting, dict(zip(cells.tolist(), things, strict=True)))
+def put(
+    kind: int,
+    cell: int,
+    offset: tuple[float, float],
+    size: float,
+    mirrored: bool,
+    angle: int = 0,
+    tint: str = "",
+) -> Placed:
+    """A thing in a cell of the grid (0..8 in reading order), `offset` from its centre."""
+    row, column = divmod(cell, 3)
+    x, y = 0.2 + 0.3 * column + offset[0], 0.2 + 0.3 * row + offset[1]
+    return Placed(kind, row, column, x, y, size, mirrored, angle, tint)
 
 
-# ---- drawing ----------------------------------------------------------------------------------
+def _seat_somebody(rng: np.random.Generator, cells: dict[int, int]) -> dict[int, int]:
+    """The kind by cell; where there is a support, mostly another thing comes right above it."""
+    supports = [cell for cell, kind in cells.items() if THINGS[kind].support and cell > 2]
+    others = [cell for cell, kind in cells.items() if not THINGS[kind].support]
+    if supports and others and rng.random() < 0.7:
+        above, taken = supports[0] - 3, others[rng.integers(len(others))]
+        moved = {above: cells[taken]} | ({taken: cells[above]} if above in cells else {})
+        cells = {cell: kind for cell, kind in cells.items() if cell != taken} | moved
+    return cells
 
 
-@lru_cache(maxsize=len(THINGS))
-def _emoji(kind: int) -> Image.Image:
-    """The thing as drawn by the font, cropped to a centred square (RGBA)."""
-    canvas = Image.new("RGBA", (160, 160))
-    font = ImageFont.truetype(FONT, 109)
-    ImageDraw.Draw(canvas).text((10, 10), THINGS[kind].emoji, font=font, embedded_color=True)
-    tight = canvas.crop(canvas.getbbox())
+def _seated(scene: Scene) -> Scene:
+    """Things above a support and the support are moved together until they touch."""
+    heights = {}
+    for thing in scene.placed:
+        if support := scene.seat(thing):
+            middle = 0.35 + 0.3 * thing.row  # between the two rows
+            gap = THINGS[support.kind].support * support.size + 0.43 * thing.size
+            heights[thing] = middle - gap / 2
+            heights[support] = middle + gap / 2
+    placed = (replace(thing, y=heights.get(thing, thing.y)) for thing in scene.placed)
+    return replace(scene, placed=tuple(placed)) if heights else scene
+
+
+def sample_scene(rng: np.random.Generator, split: str) -> Scene:
+    """A random scene of "train", "validation" or "test"; ValueError for another split."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}: it must be one of {', '.join(SPLITS)}")
+    wanted = set() if split == "train" else {split}
+    while True:
+        setting = list(SETTINGS)[rng.integers(len(SETTINGS))]
+        kinds = _sample_kinds(rng, setting)
+        if held_out(kinds) == wanted:
+            break
+    total = sum(kinds.values())
+    sizes, tints = {}, {}
+    for kind, count in kinds.items():
+        way = rng.random()
+        large = way > 0.85 and count < 3 and total < 6
+        sizes[kind] = (0.185, 0.21) if way < 0.12 else (0.37, 0.42) if large else (0.26, 0.31)
+        if THINGS[kind].tintable:
+            tints[kind] = TINTS[rng.integers(len(TINTS))]
+    things = [kind for kind, count in kinds.items() for _ in range(count)]
+    cells = dict(zip(rng.permutation(9)[:total].tolist(), things, strict=True))
+    cells = _seat_somebody(rng, cells)
+    placed = []
+    for cell, (x, y, size, mirror, turn, angle) in zip(
+        sorted(cells), rng.random((total, 6)).tolist(), strict=True
+    ):
+        kind = cells[cell]
+        low, high = sizes[kind]
+        placed.append(
+            put(
+                kind,
+                cell,
+                (0.05 * x - 0.025, 0.05 * y - 0.025),
+                low + (high - low) * size,
+                mirror < 0.5,
+                _ANGLES[int(6 * angle)] if turn < 0.6 else 0,
+                tints.get(kind, ""),
+            )
+        )
+    bright, *hues, flip, marked, blurred, radius = rng.random(8).tolist()
+    scene = Scene(
+        setting,
+        tuple(placed),
+        seed=int(rng.integers(BACKDROPS) if split == "train" else rng.integers(BACKDROPS, 2**31)),
+        flipped=flip < 0.5,
+        light=tuple((0.82 + 0.26 * bright) * (0.95 + 0.1 * hue) for hue in hues),
+        marks=int(rng.integers(1, 2**31)) if marked < 0.4 else 0,
+        blur=0.3 + 0.4 * radius if blurred < 0.25 else 0.0,
+    )
+    return _seated(scene)
+
+
+# ---- things -----------------------------------------------------------------------------------
+
+_RGB = {
+    "red": (214, 38, 38),
+    "yellow": (247, 205, 30),
+    "green": (48, 158, 62),
+    "blue": (36, 96, 215),
+    "purple": (140, 58, 184),
+}
+_SHADES = {  # of the darkest, the middle and the lightest parts of a tinted thing
+    name: (
+        tuple(int(0.3 * c) for c in rgb),
+        rgb,
+        tuple(int(0.55 * c + 0.45 * 255) for c in rgb),
+    )
+    for name, rgb in _RGB.items()
+} | {
+    "black": ((6, 6, 8), (38, 38, 42), (104, 104, 110)),
+    "white": ((120, 122, 128), (226, 227, 230), (255, 255, 255)),
+}
+
+
+def twemoji_name(emoji: str) -> str:
+    """The name of an emoji's file in the folder TWEMOJI."""
+    return f"{ord(emoji):04x}.png"
+
+
+def _drawing(style: str, emoji: str) -> Image.Image:
+    """The emoji as the style draws it (RGBA); FileNotFoundError if the style is not installed."""
+    if style == "noto":
+        if not FONT.exists():
+            raise FileNotFoundError(
+                f"{FONT}: the font of the drawings is missing; install Debian's package "
+                "fonts-noto-color-emoji"
+            )
+        canvas = Image.new("RGBA", (160, 160))
+        font = ImageFont.truetype(FONT, 109)
+        ImageDraw.Draw(canvas).text((10, 10), emoji, font=font, embedded_color=True)
+        return canvas
+    if style == "twemoji":
+        path = TWEMOJI / twemoji_name(emoji)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path}: the drawings of the second style are missing; "
+                "`python train/testset.py OUT --style twemoji` fetches them"
+            )
+        return Image.open(path).convert("RGBA")
+    raise ValueError(f"style is {style!r}: it must be one of {', '.join(STYLES)}")
+
+
+def _tinted(drawing: Image.Image, tint: str) -> Image.Image:
+    """The drawing in shades of one colour, which its median becomes."""
+    alpha = np.asarray(drawing.getchannel("A"))
+    grey = np.asarray(drawing.convert("L")).astype(np.float64)
+    low, median, high = np.percentile(grey[alpha > 127], (3, 50, 97))
+    levels = min(low, median - 60), median, max(high, median + 60)  # flat drawings remain flat
+    rgb = np.stack(
+        [np.interp(grey, levels, shade) for shade in zip(*_SHADES[tint], strict=True)], -1
+    )
+    return Image.fromarray(np.dstack((rgb.astype(np.uint8), alpha)), "RGBA")
+
+
+@lru_cache(maxsize=1024)
+def _emoji(style: str, kind: int, tint: str, half: bool) -> Image.Image:
+    """The thing as the style draws it, maybe at half that size, in a centred square (RGBA)."""
+    if half:
+        return _emoji(style, kind, tint, False).reduce(2)
+    drawing = _drawing(style, THINGS[kind].emoji)
+    tight = drawing.crop(drawing.getbbox())
+    tight = _tinted(tight, tint) if tint else tight
     return ImageOps.pad(tight, (max(tight.size),) * 2, color=(0, 0, 0, 0))
 
 
-@lru_cache(maxsize=8192)
-def _sprite(kind: int, pixels: int, mirrored: bool) -> Image.Image:
-    """The thing at a size, maybe mirrored (RGBA)."""
-    sprite = _emoji(kind).resize((pixels, pixels), Image.Resampling.LANCZOS)
-    return ImageOps.mirror(sprite) if mirrored else sprite
+@lru_cache(maxsize=16384)
+def _sprite(
+    style: str, kind: int, tint: str, pixels: int, mirrored: bool, angle: int
+) -> Image.Image:
+    """The thing at a size, maybe mirrored and turned (RGBA); turned, it gets larger borders."""
+    drawing = _emoji(style, kind, tint, False)
+    if drawing.width > 2.5 * pixels:  # half as large, it is resized four times as fast
+        drawing = _emoji(style, kind, tint, True)
+    sprite = drawing.resize((pixels, pixels), Image.Resampling.LANCZOS)
+    sprite = ImageOps.mirror(sprite) if mirrored else sprite
+    return sprite.rotate(angle, Image.Resampling.BICUBIC, expand=True) if angle else sprite
 
 
+@lru_cache(maxsize=16384)
+def _mask(kind: int, pixels: int, mirrored: bool, angle: int) -> Image.Image:
+    """Where the thing covers what is behind it (L, 0 or 255)."""
+    alpha = _sprite("noto", kind, "", pixels, mirrored, angle).getchannel("A")
+    return alpha.point(lambda value: 255 * (value > 127))
+
+
+def _drawn(scene: Scene, size: int) -> list[tuple[Placed, int, tuple[int, int]]]:
+    """The things in the order in which they are drawn, with their sides and upper left corners."""
+    drawn = []
+    for thing in sorted(scene.placed, key=lambda thing: scene.seat(thing) is not None):
+        side = round(thing.size * size)
+        turned = _mask(thing.kind, side, thing.mirrored, thing.angle).width
+        corner = round(thing.x * size - turned / 2), round(thing.y * size - turned / 2)
+        drawn.append((thing, side, corner))
+    return drawn
+
+
+# ---- settings ---------------------------------------------------------------------------------
 def _shade(rng: np.random.Generator, colour: tuple[int, int, int], spread: int = 14) -> tuple:
     """The colour, a little lighter or darker and a little off."""
     common, own = rng.integers(-spread, spread + 1), rng.integers(-6, 7, 3)
@@ -306,6 +482,109 @@ def _cart(rng: np.random.Generator, size: int) -> Image.Image:
     return image
 
 
+def _snow(rng: np.random.Generator, size: int) -> Image.Image:
+    """White hills under a pale sky, and falling flakes."""
+    image = _gradient(size, _shade(rng, (168, 190, 216), 8), _shade(rng, (206, 220, 236), 6))
+    draw = ImageDraw.Draw(image)
+    for base, colour in ((0.16, (226, 234, 244)), (0.3, (236, 242, 249)), (0.62, (246, 249, 252))):
+        hill = _wave(size, base, rng.uniform(0.02, 0.05), rng.random(), rng.uniform(0.6, 1.6))
+        draw.polygon([(0, size), *hill, (size, size)], fill=_shade(rng, colour, 4))
+        draw.line(hill, fill=(196, 210, 228), width=max(1, size // 110))
+    for x, y, r in rng.uniform((0, 0, 0.004), (1, 1, 0.011), (60, 3)):
+        box = ((x - r) * size, (y - r) * size, (x + r) * size, (y + r) * size)
+        draw.ellipse(box, fill=(255, 255, 255), outline=(190, 205, 224))
+    return image
+
+
+def _road(rng: np.random.Generator, size: int) -> Image.Image:
+    """Asphalt with dashed lines between a kerb and a strip of houses' wall."""
+    image = _gradient(size, _shade(rng, (104, 106, 112), 10), _shade(rng, (82, 84, 90), 10))
+    draw = ImageDraw.Draw(image)
+    kerb = rng.uniform(0.05, 0.1)
+    draw.rectangle((0, 0, size, kerb * size), fill=_shade(rng, (186, 178, 164)))
+    draw.rectangle((0, kerb * size, size, (kerb + 0.02) * size), fill=(222, 222, 218))
+    line = (232, 190, 60) if rng.random() < 0.3 else (236, 236, 232)
+    length, start = rng.uniform(0.1, 0.16), rng.uniform(-0.2, 0)
+    for y in (0.36, 0.65):
+        for x in np.arange(start, 1, 1.7 * length):
+            draw.rectangle((x * size, y * size, (x + length) * size, (y + 0.018) * size), fill=line)
+    draw.rectangle((0, 0.96 * size, size, 0.975 * size), fill=(236, 236, 232))
+    return image
+
+
+def _room(rng: np.random.Generator, size: int) -> Image.Image:
+    """A papered wall with a window, a skirting board and a floor."""
+    walls = ((226, 200, 172), (190, 208, 196), (206, 196, 216), (222, 212, 160), (216, 186, 182))
+    wall = _shade(rng, walls[rng.integers(len(walls))], 8)
+    image = _gradient(size, wall, wall)
+    draw = ImageDraw.Draw(image)
+    stripe = tuple(max(0, c - 10) for c in wall)
+    for x in np.arange(rng.uniform(0, 0.08), 1, 0.12):
+        draw.rectangle((x * size, 0, (x + 0.05) * size, size), fill=stripe)
+    x, y, width = rng.uniform(0.05, 0.6), rng.uniform(0.03, 0.1), rng.uniform(0.28, 0.36)
+    pane = (x * size, y * size, (x + width) * size, (y + 0.34) * size)
+    frame, thick = (250, 248, 244), max(2, size // 45)
+    draw.rectangle(pane, fill=_shade(rng, (172, 208, 232), 8), outline=frame, width=thick)
+    middle = (x + width / 2) * size
+    draw.line((middle, pane[1], middle, pane[3]), fill=frame, width=thick)
+    floor = rng.uniform(0.74, 0.8)
+    draw.rectangle((0, floor * size, size, size), fill=_shade(rng, (146, 104, 72)))
+    draw.rectangle((0, floor * size, size, (floor + 0.025) * size), fill=frame)
+    for y in np.arange(floor + 0.08, 1, 0.07):
+        draw.line((0, y * size, size, y * size), fill=(112, 78, 52), width=max(1, size // 126))
+    return image
+
+
+def _fridge(rng: np.random.Generator, size: int) -> Image.Image:
+    """The cold white inside, glass shelves under every row, the door's dark seal and a lamp."""
+    image = _gradient(size, _shade(rng, (206, 226, 236), 6), _shade(rng, (178, 204, 220), 6))
+    draw = ImageDraw.Draw(image)
+    seal, body = rng.uniform(0.025, 0.045), _shade(rng, (120, 126, 136), 12)
+    lamp = rng.uniform(0.35, 0.55)
+    draw.rectangle((lamp * size, 0, (lamp + 0.14) * size, 0.05 * size), fill=(255, 252, 220))
+    for y in (0.345, 0.645):
+        draw.rectangle(
+            (0, y * size, size, (y + 0.022) * size), fill=_shade(rng, (120, 190, 206), 6)
+        )
+        draw.line((0, y * size, size, y * size), fill=(240, 252, 255), width=max(1, size // 100))
+    draw.rectangle((0, 0.94 * size, size, size), fill=_shade(rng, (150, 178, 196), 6))
+    draw.line((0, 0.94 * size, size, 0.94 * size), fill=(236, 246, 250), width=max(1, size // 90))
+    for left, right in ((0, seal), (1 - seal, 1)):
+        draw.rectangle((left * size, 0, right * size, size), fill=body)
+    return image
+
+
+def _forest(rng: np.random.Generator, size: int) -> Image.Image:
+    """Dark trunks under leaves, and a mossy ground."""
+    image = _gradient(size, _shade(rng, (96, 134, 88), 8), _shade(rng, (58, 90, 54), 8))
+    draw = ImageDraw.Draw(image)
+    ground = rng.uniform(0.8, 0.88)
+    for x, width in rng.uniform((0, 0.025), (1, 0.06), (9, 2)):
+        brown = _shade(rng, (84, 64, 46), 10)
+        edges = ((x - width / 2) * size, 0, (x + width / 2) * size, (ground + 0.03) * size)
+        draw.rectangle(edges, fill=brown)
+    draw.rectangle((0, ground * size, size, size), fill=_shade(rng, (72, 76, 40), 8))
+    for x, y, r in rng.uniform((0, -0.03, 0.05), (1, 0.1, 0.1), (26, 3)):
+        box = ((x - r) * size, (y - r) * size, (x + r) * size, (y + r) * size)
+        draw.ellipse(box, fill=_shade(rng, (44, 92, 44), 16))
+    for x, y in rng.uniform((0, ground), (1, 1), (20, 2)):
+        draw.line((x * size, y * size, (x + 0.02) * size, (y - 0.03) * size), fill=(100, 120, 60))
+    return image
+
+
+def _desert(rng: np.random.Generator, size: int) -> Image.Image:
+    """Orange dunes under a yellow sky."""
+    image = _gradient(size, _shade(rng, (250, 214, 150), 6), _shade(rng, (244, 196, 120), 6))
+    draw = ImageDraw.Draw(image)
+    for base, colour in ((0.14, (226, 150, 84)), (0.38, (214, 132, 66)), (0.68, (198, 114, 52))):
+        dune = _wave(size, base, rng.uniform(0.03, 0.06), rng.random(), rng.uniform(0.6, 1.4))
+        draw.polygon([(0, size), *dune, (size, size)], fill=_shade(rng, colour, 8))
+        for down in np.arange(0.05, 0.22, 0.06):
+            ripple = [(px, py + down * size) for px, py in dune]
+            draw.line(ripple, fill=_shade(rng, colour, 16), width=max(1, size // 110))
+    return image
+
+
 _DRAW = {
     "water": _water,
     "grass": _grass,
@@ -313,151 +592,90 @@ _DRAW = {
     "sky": _sky,
     "table": _table,
     "cart": _cart,
+    "snow": _snow,
+    "road": _road,
+    "room": _room,
+    "fridge": _fridge,
+    "forest": _forest,
+    "desert": _desert,
 }
 
 
-def _box(thing: Placed, size: int) -> tuple[int, int, int]:
-    """Left, top and side of a thing in pixels."""
-    side = round(thing.size * size)
-    return round(thing.x * size - side / 2), round(thing.y * size - side / 2), side
-
-
-def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:
-    """The scene as an RGB picture of size x size pixels."""
-    rng = np.random.default_rng(scene.seed)
-    image = _DRAW[scene.setting](rng, size)
-    pixels = np.asarray(image).astype(np.int16)
+@lru_cache(maxsize=len(SETTINGS) * BACKDROPS + 100)
+def _backdrop(setting: str, seed: int, size: int) -> Image.Image:
+    """The setting with a little noise."""
+    rng = np.random.default_rng(seed)
+    pixels = np.asarray(_DRAW[setting](rng, size)).astype(np.int16)
     pixels += rng.integers(-5, 6, (size, size, 1), dtype=np.int16)
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    for thing in scene.placed:
-        left, top, side = _box(thing, size)
-        sprite = _sprite(thing.kind, side, thing.mirrored)
-        image.paste(sprite, (left, top), sprite)
-    return image
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def patch_labels(scene: Scene) -> np.ndarray:
-    """int64 [3, 81] for the patches: what is there, what has its centre there, how many there are.
+def _mark(image: Image.Image, seed: int) -> None:
+    """Draw three to seven shapes that are no things: dots, dashes, triangles, crosses."""
+    rng, size, draw = np.random.default_rng(seed), image.width, ImageDraw.Draw(image)
+    shapes = rng.random((rng.integers(3, 8), 8)).tolist()
+    for shape, x, y, radius, angle, *colour in shapes:
+        cx, cy, r = x * size, y * size, (0.012 + 0.018 * radius) * size
+        fill = tuple(int(40 + 190 * c) for c in colour)
+        turn = np.exp(2j * pi * (angle + np.arange(3) / 3)) * r
+        if shape < 0.4:
+            draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=fill)
+        elif shape < 0.7:
+            draw.polygon([(cx + z.real, cy + z.imag) for z in turn], fill=fill)
+        else:
+            dx, dy = 1.5 * turn[0].real, 1.5 * turn[0].imag
+            width = max(1, size // 70)
+            draw.line((cx - dx, cy - dy, cx + dx, cy + dy), fill=fill, width=width)
+            if shape > 0.85:
+                draw.line((cx + dy, cy - dx, cx - dy, cy + dx), fill=fill, width=width)
 
-    Things are 1 + their kind; the number is that of the first row's kind in the whole scene.
-    0 stands for nothing, -100 in the first and last row for too little to tell.
+
+# ---- pictures and labels ----------------------------------------------------------------------
+
+
+def render(scene: Scene, size: int, style: str = "noto") -> Image.Image:
+    """The scene as an RGB picture of size x size pixels.
+
+    Raises FileNotFoundError if the style's drawings are not installed.
     """
-    cover = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE))
-    for thing in scene.placed:
-        left, top, side = _box(thing, IMAGE_SIZE)
-        mask = _sprite(thing.kind, side, thing.mirrored).getchannel("A")
-        cover.paste(thing.kind + 1, (left, top), mask.point(lambda alpha: 255 * (alpha > 127)))
-    grid, classes = IMAGE_SIZE // PATCH, len(THINGS) + 1
-    patches = np.asarray(cover).reshape(grid, PATCH, grid, PATCH).swapaxes(1, 2)
-    patches = patches.reshape(grid * grid, PATCH * PATCH).astype(np.int64)
-    offsets = classes * np.arange(grid * grid)[:, None]
-    counts = np.bincount((patches + offsets).ravel(), minlength=grid * grid * classes)
-    counts = counts.reshape(grid * grid, classes)[:, 1:]
-    share = counts.max(1) / PATCH**2
-    covered = np.where(share > 0.2, 1 + counts.argmax(1), np.where(share > 0.05, -100, 0))
-    centres = np.zeros_like(covered)
-    for thing in scene.placed:
-        centres[int(thing.y * grid) * grid + int(thing.x * grid)] = thing.kind + 1
-    numbers = covered.copy()
+    image = _backdrop(scene.setting, scene.seed, size)
+    image = ImageOps.mirror(image) if scene.flipped else image.copy()
+    if scene.light != (1.0, 1.0, 1.0):
+        table = np.outer(scene.light, np.arange(256)).clip(0, 255).astype(np.uint8)
+        image = image.point(table.ravel().tolist())
+    if scene.marks:
+        _mark(image, scene.marks)
+    for thing, side, corner in _drawn(scene, size):
+        sprite = _sprite(style, thing.kind, thing.tint, side, thing.mirrored, thing.angle)
+        image.paste(sprite, corner, sprite)
+    return image.filter(ImageFilter.GaussianBlur(scene.blur * size / 126)) if scene.blur else image
+
+
+def patch_labels(scene: Scene, image_size: int, patch: int) -> np.ndarray:
+    """int64 [3, n²], n = image_size // patch: what each patch shows, and how much of it there is.
+
+    The rows: which thing covers the patch, which has its centre there (both as 1 + the kind), and
+    how many of the first row's kind the whole scene has. 0 stands for nothing, -100 in the first
+    and last row for too little to tell.
+    """
+    cover = Image.new("L", (image_size, image_size))
+    for thing, side, corner in _drawn(scene, image_size):
+        cover.paste(thing.kind + 1, corner, _mask(thing.kind, side, thing.mirrored, thing.angle))
+    grid = image_size // patch
+    side = grid * patch
+    pixels = np.asarray(cover)[:side, :side].reshape(grid, patch, side)
+    best = np.zeros((grid, grid))
+    covered, numbers = np.zeros((2, grid, grid), np.int64)
     for kind, count in scene.counts.items():
-        numbers[covered == kind + 1] = count
-    return np.stack((covered, centres, numbers))
-
-
-# ---- questions --------------------------------------------------------------------------------
-
-DESCRIBE = (
-    "Describe the image",
-    "Describe the image.",
-    "Describe this image for me",
-    "Describe this picture.",
-    "What is in the picture?",
-    "What is in the image?",
-    "What do you see?",
-    "What can you see in this picture?",
-)
-SETTING = ("Where is this?", "Where was this picture taken?", "What is the setting?")
-COUNT = (
-    "How many {many} are there?",
-    "How many {many} are in the picture?",
-    "How many {many} do you see?",
-    "How many {many} do I have?",
-)
-IS_THERE = ("Is there {a} {one}?", "Is there {a} {one} in the picture?", "Do you see {a} {one}?")
-ARE_THERE = (
-    "Are there any {many}?",
-    "Are there any {many} in the picture?",
-    "Do I have {some}?",
-    "Do I have any {some}?",
-    "Do you see any {some}?",
-)
-WHERE = ("Where is the {one}?", "Where is the {one} in the picture?")
-
-
-def _pick(rng: np.random.Generator, choices: tuple | list):
-    return choices[rng.integers(len(choices))]
-
-
-def _ask(rng: np.random.Generator, templates: tuple[str, ...], thing: Thing) -> str:
-    article = "an" if thing.one[0] in "aeiou" else "a"
-    template = _pick(rng, templates)
-    return template.format(a=article, one=thing.one, many=thing.many, some=thing.some)
-
-
-def there_are(thing: Thing, count: int) -> str:
-    """As in "there is one egg", "there are two eggs", "there are no eggs"."""
-    return f"there {'is' if count == 1 else 'are'} {thing.counted(count)}"
-
-
-def describe(scene: Scene) -> str:
-    """As in "The image shows three horses and one duck near the water.": in reading order."""
-    names = [THINGS[kind].counted(count) for kind, count in scene.counts.items()]
-    listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-    return f"The image shows {listed} {SETTINGS[scene.setting]}."
-
-
-def _count(rng: np.random.Generator, kind: int, count: int) -> Question:
-    thing = THINGS[kind]
-    return Question("count", _ask(rng, COUNT, thing), f"{there_are(thing, count)}.".capitalize())
-
-
-def _yes_no(rng: np.random.Generator, kind: int, count: int) -> Question:
-    thing = THINGS[kind]
-    single = bool(rng.random() < 0.5)
-    question = _ask(rng, IS_THERE if single else ARE_THERE, thing)
-    if count:
-        return Question("yesno", question, f"Yes, {there_are(thing, count)}.")
-    absent = f"there is no {thing.one}" if single else f"there are no {thing.many}"
-    return Question("yesno", question, f"No, {absent}.")
-
-
-def _where(rng: np.random.Generator, thing: Placed) -> Question:
-    name = THINGS[thing.kind].one
-    place = f"{ROWS[thing.row]} {COLUMNS[thing.column]}"
-    place = "in the middle" if place == "middle middle" else f"at the {place}"
-    return Question("where", _ask(rng, WHERE, THINGS[thing.kind]), f"The {name} is {place}.")
-
-
-def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """A random set of questions on the scene: as many with yes as with no for an answer.
-
-    Half of the absent things asked for are of the category of a present thing.
-    """
-    counts = scene.counts
-    present = list(counts)
-    absent = [kind for kind in range(len(THINGS)) if kind not in counts]
-    categories = {THINGS[kind].category for kind in present}
-    similar = [kind for kind in absent if THINGS[kind].category in categories]
-    lone = [thing for thing in scene.placed if counts[thing.kind] == 1]
-
-    def missing() -> int:
-        return _pick(rng, similar if rng.random() < 0.5 else absent)
-
-    asked = [Question("describe", _pick(rng, DESCRIBE), describe(scene))]
-    asked += [_yes_no(rng, kind, counts[kind]) for kind in (_pick(rng, present) for _ in range(2))]
-    asked += [_yes_no(rng, missing(), 0) for _ in range(2)]
-    asked += [_count(rng, kind, counts[kind]) for kind in (_pick(rng, present) for _ in range(2))]
-    asked += [_count(rng, missing(), 0)] if rng.random() < 0.5 else []
-    asked += [_where(rng, _pick(rng, lone))] if lone else []
-    asked += [Question("setting", _pick(rng, SETTING), f"It is {SETTINGS[scene.setting]}.")]
-    return asked
+        ones = (pixels == kind + 1).sum(1, dtype=np.uint8 if patch < 256 else np.int32)
+        share = ones.reshape(grid, grid, patch).sum(-1) / patch**2
+        covered[share > best], numbers[share > best] = kind + 1, count
+        best = np.maximum(best, share)
+    for row in (covered, numbers):
+        row[best <= 0.2] = -100
+        row[best <= 0.05] = 0
+    centres = np.zeros((grid, grid), np.int64)
+    for thing in scene.placed:
+        row, column = (min(int(v * image_size / patch), grid - 1) for v in (thing.y, thing.x))
+        centres[row, column] = thing.kind + 1
+    return np.stack((covered, centres, numbers)).reshape(3, -1)
