@@ -24,7 +24,7 @@ from scenes import Scene, render, sample_scene
 from tokenizer import ANSWER, HEAD, QUESTION
 
 CAPTIONS = ("caption", "description")  # kinds of questions
-ZOOMS = (1.0, 1.0, 1.25, 1.5, 2.0)  # a scene is drawn larger and shrunk, as users' pictures are
+ZOOMS = (1.0, 1.0, 1.0, 1.0, 1.5, 2.0)  # drawn larger and shrunk, as users' pictures are
 # Of the answer's tokens; of "assistant", which the model writes itself; of "Yes" and "No".
 ANSWER_WEIGHT = {"caption": 3.0, "where": 2.0}
 HEADER_WEIGHT, DECISION_WEIGHT = 0.1, 4.0

@@ -27,15 +27,21 @@ LIST_TOKENS = 128  # at most, for the list
 ROWS = {"en": ("top", "middle", "bottom"), "zh": ("上", "中", "下")}
 COLUMNS = {"en": ("left", "middle", "right"), "zh": ("左", "中", "右")}
 
+SIZES = {"en": ("small", "", "large"), "zh": ("小", "", "大")}
+
 
 def in_words(scene: Scene, rng: Generator, language: str) -> str:
-    """As in "on the grass; top left: red butterfly; middle right: horse", in random order."""
-    said = [SETTINGS[scene.setting][language]]
+    """As in "on the grass; top left: small red butterfly; middle right: horse", in random order."""
+    said = [getattr(SETTINGS[scene.setting], language)]
     for thing in scene.placed:
         place = f"{ROWS[language][thing.row]} {COLUMNS[language][thing.column]}"
-        name = THINGS[thing.kind].one if language == "en" else THINGS[thing.kind].chinese
-        tint = thing.tint if language == "en" else COLOURS.get(thing.tint, "")
-        said.append(f"{place}: {f'{tint} {name}'.strip()}")
+        colour = scene.colour(thing.kind)
+        words = (
+            SIZES[language][1 + scene.size(thing.kind)],
+            colour if language == "en" else COLOURS.get(colour, ""),
+            THINGS[thing.kind].one if language == "en" else THINGS[thing.kind].chinese,
+        )
+        said.append(f"{place}: {' '.join(filter(None, words))}")
     return "; ".join(said[i] for i in rng.permutation(len(said)))
 
 

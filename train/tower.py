@@ -1,9 +1,9 @@
 """The vision tower: SigLIP's contrastive loss on captions, and labels of every patch.
 
 Through captions or answers alone the tower learns next to nothing in hours; the labels (which thing
-is on a patch, whose centre is there, how many of that kind the scene has) teach it in minutes. The
-centres make places easy to tell; the numbers make captions countable, because a caption says "two"
-before it says of what.
+is on a patch, whose centre is there, how many of that kind the scene has, its colour and size, the
+setting) teach it in minutes. The centres make places easy to tell; the numbers make captions
+countable, because a caption says "two" before it says of what.
 """
 
 from functools import lru_cache
@@ -21,14 +21,32 @@ from data import Batches, Example, Scenes
 from loop import Task, stage_main, train
 from model import replace_folder, vision_config
 from questions import LABELS, caption, description
-from scenes import patch_labels
+from scenes import Scene, patch_labels
+from things import COLOURS, SETTINGS
 from tokenizer import get_tokenizer
 
-KINDS = ("thing", "centre", "number")  # the rows of patch_labels
+COLOUR = {name: label for label, name in enumerate(COLOURS, 1)}
+SETTING = {name: label for label, name in enumerate(SETTINGS, 1)}
+KINDS = ("thing", "centre", "number", "colour", "size", "setting")
+
+
+def labels_of(scene: Scene, image_size: int, patch: int) -> np.ndarray:
+    """int64 [6, P]: the rows of `patch_labels`, the covering thing's colour and size where these
+    can be named, and the setting where nothing is; -100 for what is not to be learned."""
+    known = patch_labels(scene, image_size, patch)
+    things = known[0]
+    more = np.full((3, len(things)), -100)
+    for kind in scene.counts:
+        here = things == kind + 1
+        if colour := scene.colour(kind):
+            more[0, here] = COLOUR[colour]
+        more[1, here] = 2 + scene.size(kind)
+    more[2, things == 0] = SETTING[scene.setting]
+    return np.concatenate((known, more))
 
 
 class TowerExamples:
-    """Picture n: "pixels", "labels" int64 [3, P] and the ids of a caption or description."""
+    """Picture n: "pixels", "labels" int64 [6, P] and the ids of a caption or description."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, split: str = "train") -> None:
         self.vision, self.length = config.vision, config.tower.text_tokens
@@ -44,7 +62,7 @@ class TowerExamples:
         ids = self.encode(text)[: self.length - 1]
         return {
             "pixels": self.scenes.pixels(scene, rng),
-            "labels": patch_labels(scene, self.vision.image_size, self.vision.patch_size),
+            "labels": labels_of(scene, self.vision.image_size, self.vision.patch_size),
             "caption": np.array(ids + [self.pad] * (self.length - len(ids))),
         }
 
@@ -80,7 +98,7 @@ class TowerTask(Task):
         self.call = torch.compile(self._call) if config.compile else self._call
 
     def _call(self, pixels: Tensor, caption: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The contrastive loss, logits [B, B] of pairs and [B, P, 3 * LABELS] of labels."""
+        """The contrastive loss, logits [B, B] of pairs and [B, P, 6 * LABELS] of labels."""
         out = self.siglip(input_ids=caption, pixel_values=pixels / 127.5 - 1, return_loss=True)
         patches = out.vision_model_output.last_hidden_state
         return out.loss, out.logits_per_image, self.labels(patches)
@@ -88,7 +106,7 @@ class TowerTask(Task):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Task`."""
         contrast, pairs, logits = self.call(batch["pixels"], batch["caption"])
-        truth = batch["labels"].transpose(1, 2).flatten()  # [B, P, 3], flat
+        truth = batch["labels"].transpose(1, 2).flatten()  # [B, P, 6], flat
         logits = logits.float().view(-1, LABELS)
         importance = torch.ones(LABELS, device=logits.device)
         importance[0] = self.settings.nothing
