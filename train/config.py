@@ -135,6 +135,14 @@ class Dpo(Stage):
 
 
 @dataclass(frozen=True)
+class Ablation:
+    """Steps of stage 1, and of stage 2, for each way to make image tokens."""
+
+    steps: int = 500
+    report_every: int = 250
+
+
+@dataclass(frozen=True)
 class Config:
     """All of it."""
 
@@ -154,6 +162,7 @@ class Config:
     pretrain: Stage = field(default_factory=Stage)
     sft: Stage = field(default_factory=Stage)
     dpo: Dpo = field(default_factory=Dpo)
+    ablation: Ablation = field(default_factory=Ablation)
 
 
 def load_config(path: Path) -> Config:

@@ -21,6 +21,7 @@ from typing import Any
 
 import matplotlib
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -413,6 +414,8 @@ def stage_main(run: Any, description: str) -> None:
     parser.add_argument("--config", type=Path, required=True, help="one of train/configs")
     parser.add_argument("--out", type=Path, required=True, help="the folder of all stages")
     args = parser.parse_args()
+    transformers.logging.set_verbosity_error()  # it reports each weight that a part has no use for
+    transformers.logging.disable_progress_bar()
     try:
         run(load_config(args.config), args.out)
     except TrainError as error:

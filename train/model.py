@@ -110,6 +110,12 @@ class OmniVLM(nn.Module):
         self.language_model = Qwen2ForCausalLM(text)
 
     @property
+    def projector_parts(self) -> tuple[str, ...]:
+        """The names of what stands between tower and decoder."""
+        convolution = ("convolution",) if self.compression == "convolution" else ()
+        return (*convolution, "multi_modal_projector")
+
+    @property
     def image_size(self) -> int:
         """The side of a picture in pixels."""
         return self.vision_tower.config.image_size

@@ -43,10 +43,7 @@ def run(config: Config, out: Path) -> None:
         for source in open_sources(config, settings, model.image_size, CAPTIONS, stream=2)
     )
     checks = [held_out.checked(i) for i in range(settings.validation)]
-    parts = ("multi_modal_projector",)
-    if config.projector.compression == "convolution":
-        parts += ("convolution",)
-    task = AnswerTask(model, parts, config, settings, checks)
+    task = AnswerTask(model, model.projector_parts, config, settings, checks)
     train(task, Batches(learnt, settings.batch), config, settings, folder)
 
 
