@@ -66,10 +66,11 @@ class Projector:
 
 @dataclass(frozen=True)
 class Data:
-    """Rows of several question-answer pairs behind one picture."""
+    """Rows of several question-answer pairs behind one picture, and how long they are there."""
 
     languages: tuple[str, ...] = ("en", "zh")
-    tokens: int = 208  # behind the picture, for the pairs
+    tokens: int = 208
+    caption_tokens: int = 144  # in stage 1
     workers: int = 1
 
 
@@ -148,7 +149,7 @@ class Config:
 
     seed: int = 0
     precision: str = "bf16"  # accelerate's mixed_precision: no, bf16 or fp16
-    compile: bool = True
+    compile: bool = True  # the decoder, which takes minutes first
     attention: str = "eager"  # transformers' attn_implementation
     outtype: str = "f16"  # of the converted files
     quantize: str = ""  # a recipe of omnivlm-edge quantize for a second pair of files

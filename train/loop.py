@@ -31,7 +31,7 @@ from tqdm import tqdm
 from config import Config, Stage, TrainError, load_config
 
 # Does not change what is learned, or may be changed while the rate is level.
-FREE = {"steps", "log_every", "report_every", "save_every", "validation"}
+FREE = {"workers", "steps", "log_every", "report_every", "save_every", "validation"}
 
 
 class Task(nn.Module):
@@ -128,18 +128,12 @@ def _ignore_interrupts(_worker: int) -> None:
 
 def fingerprint(config: Config, settings: Stage) -> dict[str, Any]:
     """The settings that a resumed run must share with the one that it goes on with."""
-    shared = ("seed", "precision", "vision", "text", "projector", "lora")
-    values = {name: getattr(config, name) for name in shared} | {
-        "languages": config.data.languages,
-        "tokens": config.data.tokens,
-        "stage": settings,
-    }
-    plain = {
-        name: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v  # type: ignore[arg-type]
-        for name, v in values.items()
-    }
-    plain["stage"] = {k: v for k, v in plain["stage"].items() if k not in FREE}
-    return json.loads(json.dumps(plain))
+    known = dataclasses.asdict(config)
+    shared = ("seed", "precision", "vision", "text", "projector", "data", "lora")
+    values = {name: known[name] for name in shared} | {"stage": dataclasses.asdict(settings)}
+    for name in ("data", "stage"):
+        values[name] = {k: v for k, v in values[name].items() if k not in FREE}
+    return json.loads(json.dumps(values))
 
 
 class Checkpoint:
@@ -164,10 +158,10 @@ class Checkpoint:
                 f"{self.file} is damaged; delete it to begin this stage anew"
             ) from error
         for name, now in self.made_with.items():
-            if made_with.get(name) != now:
+            if (before := made_with.get(name)) != now:
                 raise TrainError(
-                    f"{self.file} was made with other settings ({name} was "
-                    f"{made_with.get(name)}, is {now}); delete it to begin this stage anew"
+                    f"{self.file} was made with other settings ({name} was {before}, is {now}); "
+                    "delete it to begin this stage anew"
                 )
         return content
 

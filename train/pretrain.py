@@ -39,7 +39,7 @@ def run(config: Config, out: Path) -> None:
     model, settings = assemble(config, out), config.pretrain
     rows = Rows(model.tokenizer, model.image_tokens)
     learnt, held_out = (
-        PictureRows(source, rows, config.data.tokens)
+        PictureRows(source, rows, config.data.caption_tokens)
         for source in open_sources(config, settings, model.image_size, CAPTIONS, stream=2)
     )
     checks = [held_out.checked(i) for i in range(settings.validation)]

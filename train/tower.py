@@ -95,19 +95,14 @@ class TowerTask(Task):
             self.siglip.logit_scale.fill_(np.log(10))
             self.siglip.logit_bias.fill_(-10)
         self.labels = nn.Linear(vision.hidden_size, len(KINDS) * LABELS)
-        self.call = torch.compile(self._call) if config.compile else self._call
-
-    def _call(self, pixels: Tensor, caption: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The contrastive loss, logits [B, B] of pairs and [B, P, 6 * LABELS] of labels."""
-        out = self.siglip(input_ids=caption, pixel_values=pixels / 127.5 - 1, return_loss=True)
-        patches = out.vision_model_output.last_hidden_state
-        return out.loss, out.logits_per_image, self.labels(patches)
-
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Task`."""
-        contrast, pairs, logits = self.call(batch["pixels"], batch["caption"])
-        truth = batch["labels"].transpose(1, 2).flatten()  # [B, P, 6], flat
+        pixels = batch["pixels"] / 127.5 - 1
+        out = self.siglip(input_ids=batch["caption"], pixel_values=pixels, return_loss=True)
+        contrast, pairs = out.loss, out.logits_per_image  # [B, B]
+        logits = self.labels(out.vision_model_output.last_hidden_state)  # [B, P, 6 * LABELS]
         logits = logits.float().view(-1, LABELS)
+        truth = batch["labels"].transpose(1, 2).flatten()
         importance = torch.ones(LABELS, device=logits.device)
         importance[0] = self.settings.nothing
         dense = F.cross_entropy(logits, truth, importance)
