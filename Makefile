@@ -1,4 +1,4 @@
-# make demo | test | lint | test-reference | test-ray | test-sanitize | test-kernels | test-kernels-arm
+# make demo | test | lint | test-reference | test-slow | test-sanitize | test-kernels | test-kernels-arm
 #      bench-kernels | format | stub | docs | clean
 #
 # Everything is installed into .venv; a second run finds it there and is quick.
@@ -13,17 +13,17 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE README.md \
 NATIVE  := $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h)
 LINTED  := src convert tests train bench docs
 
-.PHONY: demo test lint test-reference test-ray test-sanitize test-kernels test-kernels-arm bench-kernels format stub docs clean
+.PHONY: demo test lint test-reference test-slow test-sanitize test-kernels test-kernels-arm bench-kernels format stub docs clean
 
 demo: $(VENV)/package.stamp
 	$(BIN)/omnivlm-edge run demo -i examples/horses.png -p "Describe the image"
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m "not reference and not ray"
+	$(BIN)/python -m pytest -m "not reference and not slow"
 
-# A batch on clusters of Ray's, of processes on this machine, some of which are killed.
-test-ray: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m ray
+# Twenty kills of a batch; clusters of Ray's, of processes on this machine, some of which are killed.
+test-slow: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m slow
 
 test-reference: $(VENV)/reference.stamp
 	$(BIN)/python -m pytest -m reference

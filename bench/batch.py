@@ -155,7 +155,7 @@ def measure_batch(
     """One process that answers all pictures, so many at a time."""
     with _CONTEXT.Pool(1) as pool:
         found = pool.apply(answer_all, (text, mmproj, photos, threads, n_parallel, None))
-    name = f"ours, {n_parallel} sequences"
+    name = f"ours, {counted(n_parallel, 'sequence')}"
     return {"kind": "batch", "name": name, "n_parallel": n_parallel, **found}
 
 
@@ -228,7 +228,7 @@ def measure_demo(folder: Path, count: int, threads: int) -> dict[str, Any]:
     seconds = float(found[2])
     return {
         "kind": "demo",
-        "name": f"demo, {count} pictures",
+        "name": f"demo, {counted(count, 'picture')}",
         "pictures": count,
         "seconds": seconds,
         "seconds_whole": round(whole, 3),
@@ -269,7 +269,7 @@ def measure_workers(
     pictures = sum(result["pictures"] for result in found)
     return {
         "kind": "workers",
-        "name": f"{count} workers of {each} threads",
+        "name": f"{counted(count, 'worker')} of {counted(each, 'thread')}",
         "workers": count,
         "pictures": pictures,
         "seconds": seconds,
@@ -277,6 +277,10 @@ def measure_workers(
         "peak_rss_mb": max(result["peak_rss_mb"] for result in found),
         "memory": [result["memory"] for result in found],
     }
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def proportional_memory() -> dict[str, float]:

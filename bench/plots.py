@@ -64,7 +64,9 @@ def plot_many(path: Path) -> Figure:
         found = sorted((r[x], 1 / r["pictures_per_second"]) for r in latest if r["kind"] == kind)
         if found:
             axes.plot(*zip(*found, strict=True), "o-")
-            axes.set_xscale("log", base=2 if kind == "batch" else 10)
+            axes.set_xscale("log")
+            axes.set_xticks([x for x, _ in found], [f"{x:,}" for x, _ in found], minor=False)
+            axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.set(xlabel=label, ylabel="seconds for a picture")
         axes.grid(color="0.9")

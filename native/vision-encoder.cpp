@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <future>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -75,6 +76,13 @@ Precision choose_precision(const VisionEncoder::Options & options, bool cpu, con
     return Precision::GGML;
 }
 
+void load_pixels(const VisionGraph & graph, const float * pixels) {
+    ggml_backend_tensor_set(graph.pixels, pixels, 0, ggml_nbytes(graph.pixels));
+    if (graph.kernels) {
+        graph.kernels->reset();
+    }
+}
+
 std::vector<PackedWeights::Source> matrices(const VisionModel & model, const Kernels & kernels, Precision precision) {
     std::vector<PackedWeights::Source> sources;
     const auto                         add = [&](const Linear & layer, Part part, int64_t n_in) {
@@ -103,9 +111,8 @@ VisionEncoder::VisionEncoder(const std::string & path, const Options & options) 
     const Kernels &    kernels = find_kernels(options.kernels);
 
     precision_ = choose_precision(options, is_cpu(device), kernels);
-    backend_   = init_backend(device, options.n_threads);
+    lane_      = new_lane(options.n_threads);
     model_     = load_vision_model(path, device);
-    allocator_.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get())));
     if (precision_ == Precision::GGML) {
         return;
     }
@@ -146,41 +153,49 @@ const char * VisionEncoder::kernels() const {
     return kernels_ == nullptr ? "" : kernels_->name;
 }
 
-VisionGraph VisionEncoder::build(int64_t n_images, bool with_kernels) const {
+VisionEncoder::Lane VisionEncoder::new_lane(int n_threads) const {
+    Lane lane;
+    lane.n_threads = n_threads;
+    lane.backend   = init_backend(find_device(options_.device), n_threads);
+    lane.allocator.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(lane.backend.get())));
+    return lane;
+}
+
+VisionGraph VisionEncoder::build(const Lane & lane, int64_t n_images, bool with_kernels) const {
     if (with_kernels) {
-        auto nodes = std::make_unique<KernelNodes>(*kernels_, precision_, packed_, model_.file, options_.n_threads);
+        auto nodes = std::make_unique<KernelNodes>(*kernels_, precision_, packed_, model_.file, lane.n_threads);
         return build_vision_graph(model_, n_images, Attention::FLASH, std::move(nodes));
     }
     if (options_.flash_attention) {
         VisionGraph graph = build_vision_graph(model_, n_images, Attention::FLASH, nullptr);
-        if (first_unsupported(backend_.get(), graph.graph) == nullptr) {
+        if (first_unsupported(lane.backend.get(), graph.graph) == nullptr) {
             return graph;
         }
     }
     return build_vision_graph(model_, n_images, Attention::EXPLICIT, nullptr);
 }
 
-void VisionEncoder::prepare(int64_t n_images, bool with_kernels) {
-    if (n_images == graph_images_ && with_kernels == (graph_.kernels != nullptr)) {
+void VisionEncoder::prepare(Lane & lane, int64_t n_images, bool with_kernels) const {
+    if (n_images == lane.n_images && with_kernels == (lane.graph.kernels != nullptr)) {
         return;
     }
-    graph_images_ = 0;
-    graph_        = build(n_images, with_kernels);
-    if (const ggml_tensor * node = first_unsupported(backend_.get(), graph_.graph)) {
+    lane.n_images = 0;
+    lane.graph    = build(lane, n_images, with_kernels);
+    if (const ggml_tensor * node = first_unsupported(lane.backend.get(), lane.graph.graph)) {
         const ggml_tensor * weight = node->src[0];
         throw DeviceError("device '" + options_.device + "' cannot compute " + ggml_op_desc(node) + " on " +
                           ggml_type_name(weight != nullptr ? weight->type : node->type) + "; use device 'cpu'");
     }
-    if (!ggml_gallocr_alloc_graph(allocator_.get(), graph_.graph)) {
+    if (!ggml_gallocr_alloc_graph(lane.allocator.get(), lane.graph.graph)) {
         throw DeviceError("device '" + options_.device + "' has not enough free memory to encode a picture");
     }
-    graph_images_ = n_images;
+    lane.n_images = n_images;
 }
 
 std::map<std::string, double> VisionEncoder::profile(const float * pixels) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    prepare(1, kernels_ != nullptr);
-    load_pixels(pixels);
+    prepare(lane_, 1, kernels_ != nullptr);
+    load_pixels(lane_.graph, pixels);
     std::map<std::string, double> seconds;
     auto                          start = std::chrono::steady_clock::now();
     const auto                    stop  = [&](const ggml_tensor * node) {
@@ -189,27 +204,21 @@ std::map<std::string, double> VisionEncoder::profile(const float * pixels) {
         seconds[name] += std::chrono::duration<double>(now - start).count();
         start = now;
     };
-    compute_in_parts([](const ggml_tensor *) { return true; }, stop);
+    compute_in_parts(lane_, [](const ggml_tensor *) { return true; }, stop);
     return seconds;
 }
 
-void VisionEncoder::load_pixels(const float * pixels) {
-    ggml_backend_tensor_set(graph_.pixels, pixels, 0, ggml_nbytes(graph_.pixels));
-    if (graph_.kernels) {
-        graph_.kernels->reset();
-    }
-}
-
-void VisionEncoder::compute(ggml_cgraph * graph) {
-    if (ggml_backend_graph_compute(backend_.get(), graph) != GGML_STATUS_SUCCESS) {
+void VisionEncoder::compute(const Lane & lane, ggml_cgraph * graph) const {
+    if (ggml_backend_graph_compute(lane.backend.get(), graph) != GGML_STATUS_SUCCESS) {
         throw DeviceError("device '" + options_.device + "' failed while it encoded a picture");
     }
 }
 
 // What comes after a node may overwrite its input, so the graph stops there.
-void VisionEncoder::compute_in_parts(const std::function<bool(const ggml_tensor *)> & wanted,
-                                     const std::function<void(const ggml_tensor *)> & computed) {
-    const int        n_nodes = ggml_graph_n_nodes(graph_.graph);
+void VisionEncoder::compute_in_parts(const Lane & lane, const std::function<bool(const ggml_tensor *)> & wanted,
+                                     const std::function<void(const ggml_tensor *)> & computed) const {
+    ggml_cgraph *    all     = lane.graph.graph;
+    const int        n_nodes = ggml_graph_n_nodes(all);
     const auto       size    = static_cast<size_t>(n_nodes);
     ggml_context_ptr context(ggml_init({ ggml_graph_overhead_custom(size, false), nullptr, /*.no_alloc =*/true }));
     if (!context) {
@@ -217,11 +226,11 @@ void VisionEncoder::compute_in_parts(const std::function<bool(const ggml_tensor 
     }
     ggml_cgraph * part = ggml_new_graph_custom(context.get(), size, false);
     for (int i = 0; i < n_nodes; i++) {
-        ggml_tensor * node = ggml_graph_node(graph_.graph, i);
+        ggml_tensor * node = ggml_graph_node(all, i);
         const bool    stop = wanted(node);
         ggml_graph_add_node(part, node);
         if (stop || i == n_nodes - 1) {
-            compute(part);
+            compute(lane, part);
             ggml_graph_clear(part);
         }
         if (stop) {
@@ -230,32 +239,66 @@ void VisionEncoder::compute_in_parts(const std::function<bool(const ggml_tensor 
     }
 }
 
-void VisionEncoder::encode_batch(const float * pixels, int64_t n_images, float * tokens,
-                                 ImportanceCollector * collector) {
-    prepare(n_images, kernels_ != nullptr && collector == nullptr);  // a collector looks at ggml's products
-    load_pixels(pixels);
+void VisionEncoder::encode_batch(Lane & lane, const float * pixels, int64_t n_images, float * tokens,
+                                 ImportanceCollector * collector) const {
+    prepare(lane, n_images, kernels_ != nullptr && collector == nullptr);  // a collector looks at ggml's products
+    load_pixels(lane.graph, pixels);
     if (collector == nullptr) {
-        compute(graph_.graph);
+        compute(lane, lane.graph.graph);
     } else {
-        compute_in_parts(ImportanceCollector::wants, [&](const ggml_tensor * node) { collector->add(node); });
+        compute_in_parts(lane, ImportanceCollector::wants, [&](const ggml_tensor * node) { collector->add(node); });
     }
-    ggml_backend_tensor_get(graph_.tokens, tokens, 0, ggml_nbytes(graph_.tokens));
+    ggml_backend_tensor_get(lane.graph.tokens, tokens, 0, ggml_nbytes(lane.graph.tokens));
     if (kernels_ != nullptr) {  // host memory is quick to get again, and the text model can use it meanwhile
-        graph_images_ = 0;
-        graph_        = {};
-        allocator_.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get())));
+        lane.n_images = 0;
+        lane.graph    = {};
+        lane.allocator.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(lane.backend.get())));
     }
+}
+
+void VisionEncoder::encode_side_by_side(const float * pixels, int64_t n_images, float * tokens) const {
+    const VisionHparams &          h         = model_.hparams;
+    const int                      n_threads = options_.n_threads / static_cast<int>(n_images);
+    std::vector<std::future<void>> lanes;
+    for (int64_t i = 0; i < n_images; i++) {
+        lanes.push_back(std::async(std::launch::async, [this, &h, n_threads, pixels, tokens, i] {
+            Lane lane = new_lane(n_threads);
+            encode_batch(lane, pixels + i * h.n_pixels(), 1, tokens + i * h.n_tokens() * h.n_embd_text, nullptr);
+        }));
+    }
+    for (std::future<void> & lane : lanes) {
+        lane.get();  // if one throws, the others' ends are waited for
+    }
+}
+
+int64_t VisionEncoder::n_together(int64_t n_left, bool collects) const {
+    if (kernels_ == nullptr || collects) {
+        return std::min(MAX_BATCH, n_left);
+    }
+    if (options_.low_memory) {
+        return 1;
+    }
+    int64_t n = std::min<int64_t>(options_.n_threads, n_left);
+    while (options_.n_threads % n != 0) {  // no thread without work
+        n--;
+    }
+    return n;
 }
 
 void VisionEncoder::encode(const float * pixels, int64_t n_images, float * tokens, ImportanceCollector * collector) {
     const std::lock_guard<std::mutex> lock(mutex_);
 
-    const VisionHparams & h         = model_.hparams;
-    const int64_t         image_in  = 3 * h.image_size * h.image_size;
-    const int64_t         image_out = h.n_tokens() * h.n_embd_text;
-    for (int64_t done = 0; done < n_images; done += MAX_BATCH) {
-        encode_batch(pixels + done * image_in, std::min(MAX_BATCH, n_images - done), tokens + done * image_out,
-                     collector);
+    const VisionHparams & h = model_.hparams;
+    for (int64_t done = 0; done < n_images;) {
+        const int64_t n   = n_together(n_images - done, collector != nullptr);
+        const float * in  = pixels + done * h.n_pixels();
+        float *       out = tokens + done * h.n_tokens() * h.n_embd_text;
+        if (n > 1 && kernels_ != nullptr) {
+            encode_side_by_side(in, n, out);
+        } else {
+            encode_batch(lane_, in, n, out, collector);
+        }
+        done += n;
     }
 }
 

@@ -36,6 +36,8 @@ class VisionEncoder {
     // pixels: float32 [n_images, 3, image_size, image_size], normalised; row-major
     // tokens: float32 [n_images, n_tokens, n_embd_text], written
     // A `collector`, if any, is shown every matrix product.
+    // Several pictures share a graph where ggml computes. With kernels each has a part of the threads to itself, which
+    // wait for each other less then; in low memory they come one after the other.
     // Safe to call from several threads; calls run one after the other. Throws DeviceError.
     void encode(const float * pixels, int64_t n_images, float * tokens, ImportanceCollector * collector = nullptr);
 
@@ -48,27 +50,37 @@ class VisionEncoder {
     const char * kernels() const;    // the instruction set; empty where ggml computes
 
   private:
-    void        prepare(int64_t n_images, bool with_kernels);
-    void        copy_vectors();
-    void        load_pixels(const float * pixels);
-    VisionGraph build(int64_t n_images, bool with_kernels) const;
-    void        encode_batch(const float * pixels, int64_t n_images, float * tokens, ImportanceCollector * collector);
-    void        compute(ggml_cgraph * graph);
-    // The graph in parts that end with each node that is `wanted`, which `computed` is then told.
-    void compute_in_parts(const std::function<bool(const ggml_tensor *)> & wanted,
-                          const std::function<void(const ggml_tensor *)> & computed);
+    // A graph, its memory, and the threads that compute it.
+    struct Lane {
+        int              n_threads = 1;
+        ggml_backend_ptr backend;
+        ggml_gallocr_ptr allocator;
+        VisionGraph      graph;
+        int64_t          n_images = 0;  // that the graph was built for
+    };
 
-    Options          options_;
-    Precision        precision_ = Precision::GGML;
-    const Kernels *  kernels_   = nullptr;  // null where ggml computes
-    ggml_backend_ptr backend_;
-    VisionModel      model_;
-    AlignedMemory    vectors_;
-    PackedWeights    packed_;
-    ggml_gallocr_ptr allocator_;
-    VisionGraph      graph_;
-    int64_t          graph_images_ = 0;  // batch size that graph_ was built for
-    std::mutex       mutex_;
+    Lane        new_lane(int n_threads) const;
+    void        prepare(Lane & lane, int64_t n_images, bool with_kernels) const;
+    void        copy_vectors();
+    VisionGraph build(const Lane & lane, int64_t n_images, bool with_kernels) const;
+    void        encode_batch(Lane & lane, const float * pixels, int64_t n_images, float * tokens,
+                             ImportanceCollector * collector) const;
+    void        encode_side_by_side(const float * pixels, int64_t n_images, float * tokens) const;
+    void        compute(const Lane & lane, ggml_cgraph * graph) const;
+    // The graph in parts that end with each node that is `wanted`, which `computed` is then told.
+    void compute_in_parts(const Lane & lane, const std::function<bool(const ggml_tensor *)> & wanted,
+                          const std::function<void(const ggml_tensor *)> & computed) const;
+    // How many of the next `n_left` pictures are computed together.
+    int64_t n_together(int64_t n_left, bool collects) const;
+
+    Options         options_;
+    Precision       precision_ = Precision::GGML;
+    const Kernels * kernels_   = nullptr;  // null where ggml computes
+    VisionModel     model_;
+    AlignedMemory   vectors_;
+    PackedWeights   packed_;
+    Lane            lane_;  // with all threads
+    std::mutex      mutex_;
 };
 
 }  // namespace omnivlm

@@ -41,6 +41,7 @@ struct VisionHparams {
     int64_t patches_per_side() const { return image_size / patch_size; }  // valid convolution: the rest is unused
     int64_t n_patches() const { return patches_per_side() * patches_per_side(); }
     int64_t n_tokens() const { return n_patches() / n_merge; }
+    int64_t n_pixels() const { return 3 * image_size * image_size; }  // values of a picture
 };
 
 struct Linear {

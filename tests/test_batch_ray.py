@@ -1,4 +1,4 @@
-"""A batch on Ray: the same rows, whoever dies meanwhile. `make test-ray`."""
+"""A batch on Ray: the same rows, whoever dies meanwhile. `make test-slow`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batch_inputs import PLACE, QUESTION, answers, batch, write_pictures
 from command import COMMAND
 
 pytestmark = [
-    pytest.mark.ray,
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),  # Ray's own
 ]
 

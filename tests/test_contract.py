@@ -294,6 +294,20 @@ def test_readme_tables_come_from_the_committed_results() -> None:
     assert report.size_table() in text
 
 
+def test_tables_of_scaling_come_from_the_results_and_its_formula() -> None:
+    sys.path.insert(0, str(ROOT / "bench"))
+    import report
+
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert report.batch_table() in text
+    assert report.worker_table() in text
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    printed = subprocess.run(
+        [sys.executable, "-c", code[0]], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout in text
+
+
 def test_demo_fits_the_wheel_and_knows_the_examples() -> None:
     files_ = find_model("demo")
     assert sum(path.stat().st_size for path in (files_.text, files_.mmproj)) <= 12e6

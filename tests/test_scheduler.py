@@ -291,6 +291,17 @@ def test_pictures_are_encoded_one_between_two_steps_or_some_at_once(
     assert alone.model.of("encode")[0] == tuple("abcd")
 
 
+def test_pictures_of_waiting_answers_are_encoded_with_one_that_is_needed(
+    fakes: Callable[..., Fakes],
+) -> None:
+    fake = fakes(n_parallel=2, n_encode=3)
+    fake.hold()
+    waiting = [fake.submit(name, pictures=[name])[1] for name in "abcde"]
+    fake.step(16)
+    assert fake.model.of("encode") == [("a", "b", "c"), ("d", "e")]
+    assert [listener.answer().text for listener in waiting] == ["aaa", "bbb", "ccc", "ddd", "eee"]
+
+
 def test_a_cancelled_answer_ends_within_one_step(fakes: Callable[..., Fakes]) -> None:
     fake = fakes(n_parallel=2)
     fake.hold()

@@ -1,6 +1,7 @@
 """The teacher of the preference training: what is wrong in an answer, mended in the fewest words.
 
-It knows the scene and the forms of the training's answers; what it cannot read it leaves alone.
+It knows the scene and the forms of the training's answers. What it cannot read it leaves alone, and
+so it does what an answer leaves out: that is not wrong.
 """
 
 from dataclasses import replace
@@ -76,7 +77,7 @@ class _Correction:
 
     def __init__(self, scene: Scene, answer: str, language: English | Chinese) -> None:
         self.scene, self.counts, self.language = scene, scene.counts, language
-        self.answer, self.parts = answer, language.sentences(answer)
+        self.parts = language.sentences(answer)
         self.alone = len(self.parts) == 1
         mentioned = language.mentions(answer)
         self.unmentioned = [kind for kind in self.counts if kind not in mentioned]
@@ -228,7 +229,9 @@ class _Correction:
             listed = self.language.list_separators[0].join(pieces)
         if sentence[items[0].start].isupper():
             listed = listed[0].upper() + listed[1:]
-        before = self.language.agree(sentence[: items[0].start], counts[0])
+        before = sentence[: items[0].start]
+        if listed != sentence[len(before) : end]:
+            before = self.language.agree(before, counts[0])
         return before + listed + sentence[end:]
 
     def _setting(self, sentence: str) -> str:

@@ -27,7 +27,7 @@ from ..errors import (
 from ..generation import Generation
 from ..image import Pixels
 from ..report import milliseconds, usage
-from ..scheduler import Job, Scheduler, Update
+from ..scheduler import ENCODE_BATCH, Job, Scheduler, Update
 from ..sources import read_address
 from ..values import Answer, GenerateOptions, Turn
 from .inputs import Item, read_source
@@ -126,7 +126,9 @@ class Answerer:
     ) -> None:
         self._model, self._task, self._allow_private = model, task, allow_private
         self._n_ahead = 2 * n_parallel  # pictures in flight: as many again wait, ready
-        self._scheduler = Scheduler(lambda: model, n_parallel=n_parallel, n_queue=2**31)
+        self._scheduler = Scheduler(
+            lambda: model, n_parallel=n_parallel, n_queue=2**31, n_encode=ENCODE_BATCH
+        )
         n_readers = n_readers or min(_MAX_READERS, os.cpu_count() or 1)
         self._readers = ThreadPoolExecutor(n_readers, thread_name_prefix="omnivlm-reader")
 
