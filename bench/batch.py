@@ -37,6 +37,7 @@ from contenders.process import Child
 from side_by_side import SCRATCH, Numbers, ask_about, write_photos
 
 from omnivlm_edge.machine import commit, describe_machine
+from omnivlm_edge.memory import parse_peak
 
 RESULTS = Path(__file__).parent / "results" / "batch.jsonl"
 TOKENS = 40
@@ -165,18 +166,19 @@ def answer_all(
     """In a process of its own: the runner of `omnivlm-edge batch`."""
     from omnivlm_edge import GenerateOptions, OmniVLM
     from omnivlm_edge.batch.inputs import Item
-    from omnivlm_edge.batch.runner import Answerer, Task, Work
+    from omnivlm_edge.batch.runner import Answerer, Task, Work, context_size
 
+    options = GenerateOptions(max_tokens=TOKENS)
     model = OmniVLM(
         text,
         mmproj,
         device="cpu",
-        n_ctx=n_parallel * (256 + TOKENS),
+        n_ctx=context_size(options, n_parallel),
         n_sequences=n_parallel,
         n_threads=threads,
         disk_cache=False,
     )
-    task = Task((QUESTION,), GenerateOptions(max_tokens=TOKENS))
+    task = Task((QUESTION,), options)
     with Answerer(model, task, n_parallel=n_parallel) as answerer:
         work = [Work(Item(str(path), path), (QUESTION,)) for path in photos]
         list(answerer.run(work[:1]))
@@ -241,12 +243,9 @@ def _watch_memory(pid: int, peaks: list[int]) -> None:
     status = Path(f"/proc/{pid}/status")
     while True:
         try:
-            found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
-        except OSError:
+            peaks.append(round(parse_peak(status.read_text()) / 1e6))
+        except (OSError, ValueError):  # it has ended
             return
-        if not found:
-            return
-        peaks.append(round(int(found[1]) * 1024 / 1e6))
         time.sleep(0.1)
 
 

@@ -11,7 +11,6 @@ Times are minima. Needs the extra `plot`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import click
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from report import RESULTS, side_by_side_run, with_most_threads
+from report import RESULTS, batch_records, side_by_side_run, with_most_threads
 
 Record = dict[str, Any]
 STAGES = ("preprocess", "encode", "prefill")
@@ -45,23 +44,19 @@ def main(out_dir: Path) -> None:
             continue
         figure.savefig(path)
         click.echo(path)
-    batch = RESULTS / "batch.jsonl"
-    if batch.exists():
-        plot_many(batch).savefig(out_dir / "batch.png")
+    if (RESULTS / "batch.jsonl").exists():
+        plot_many(batch_records()).savefig(out_dir / "batch.png")
         click.echo(out_dir / "batch.png")
 
 
-def plot_many(path: Path) -> Figure:
+def plot_many(records: Sequence[Record]) -> Figure:
     """On the left against the number of sequences, on the right against that of pictures."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    newest = {record["kind"]: record["run"] for record in records}
-    latest = [record for record in records if record["run"] == newest[record["kind"]]]
     figure, panels = _panels()
     for axes, kind, x, label in (
         (panels[0], "batch", "n_parallel", "answers at a time (full size, 4 bits)"),
         (panels[1], "demo", "pictures", "pictures (demo model)"),
     ):
-        found = sorted((r[x], 1 / r["pictures_per_second"]) for r in latest if r["kind"] == kind)
+        found = sorted((r[x], 1 / r["pictures_per_second"]) for r in records if r["kind"] == kind)
         if found:
             axes.plot(*zip(*found, strict=True), "o-")
             axes.set_xscale("log")

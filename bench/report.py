@@ -160,8 +160,8 @@ def serve_table() -> str:
         "",
         f"Full-size synthetic 4-bit text model, {newest[0]['tokens']} tokens an answer, one to "
         "eight clients at once; first tokens of questions without a picture while eight clients "
-        f"ask on and on. {newest[0]['machine']['cpu']}, {newest[0]['threads']} threads, commit "
-        f"{newest[0]['commit']}. From `bench/results/serve_load.jsonl`.",
+        f"ask on and on. {newest[0]['machine']['cpu']}, {newest[0]['threads']} threads, "
+        f"{_commits(newest)}. From `bench/results/serve_load.jsonl`.",
     ]
     return "\n".join(rows)
 
@@ -239,15 +239,16 @@ def _load_and_memory(record: dict[str, Any]) -> str:
     return f"{record['load_seconds']:.2f} s | {record['peak_rss_mb']} MB"
 
 
-def batch_table() -> str:
-    """Pictures per second of the newest run of bench/batch.py."""
+def batch_records() -> list[dict[str, Any]]:
+    """Those of bench/batch.py: of each kind the newest run."""
     records = [json.loads(line) for line in (RESULTS / "batch.jsonl").read_text().splitlines()]
     newest = {record["kind"]: record["run"] for record in records}
-    latest = [
-        record
-        for record in records
-        if record["run"] == newest[record["kind"]] and record["kind"] != "workers"
-    ]
+    return [record for record in records if record["run"] == newest[record["kind"]]]
+
+
+def batch_table() -> str:
+    """Pictures per second of one process."""
+    latest = [record for record in batch_records() if record["kind"] != "workers"]
     turns = {r["name"]: r["pictures_per_second"] for r in latest if r["kind"] == "turns"}
     one, stock = turns.get("ours, one at a time"), turns.get("llama.cpp, one at a time")
     lines = [
@@ -267,20 +268,18 @@ def batch_table() -> str:
         "",
         f"Answers of {record['tokens']} tokens; full-size synthetic model with 4-bit files, but "
         f"for the lines of the demo; {record['machine']['cpu']}, {record['threads']} threads, "
-        f"commit {record['commit']}. From `bench/results/batch.jsonl`.",
+        f"{_commits(latest)}. From `bench/results/batch.jsonl`.",
     ]
     return "\n".join(lines)
 
 
 def worker_table() -> str:
     """What several processes get done, and what memory they share."""
-    records = [json.loads(line) for line in (RESULTS / "batch.jsonl").read_text().splitlines()]
-    records = [record for record in records if record["kind"] == "workers"]
     lines = [
         "| | pictures/s | proportional set size, each | of it from files | private, each |",
         "|---|---|---|---|---|",
     ]
-    for record in (r for r in records if r["run"] == records[-1]["run"]):
+    for record in (record for record in batch_records() if record["kind"] == "workers"):
         memory = record["memory"]
         means = [
             sum(each[name] for each in memory) / len(memory)

@@ -88,7 +88,7 @@ def picture(chance: random.Random) -> str:
 
 
 def body(
-    chance: random.Random, *, with_picture: bool, max_tokens: int, stream: bool, model: str = ""
+    chance: random.Random, *, with_picture: bool, max_tokens: int, stream: bool
 ) -> dict[str, Any]:
     """A request; the number in it keeps others' prompts from being the same."""
     parts: list[dict[str, Any]] = [
@@ -96,14 +96,13 @@ def body(
     ]
     if with_picture:
         parts.insert(0, {"type": "image_url", "image_url": {"url": picture(chance)}})
-    asked: dict[str, Any] = {
-        "model": model,
+    return {
+        "model": "",
         "messages": [{"role": "user", "content": parts if with_picture else parts[0]["text"]}],
         "max_tokens": max_tokens,
         "temperature": 0,
         "stream": stream,
     }
-    return asked
 
 
 def ask(port: int, asked: dict[str, Any], *, hang_up_after: int | None = None) -> Outcome:
@@ -459,10 +458,9 @@ def _together(
     bodies = [
         body(chance, with_picture=False, max_tokens=tokens, stream=stream) for _ in range(number)
     ]
-    for asked in bodies:
-        asked["stream_options"] = {"include_usage": True}
-        if not stream:
-            del asked["stream_options"]
+    if stream:
+        for asked in bodies:
+            asked["stream_options"] = {"include_usage": True}
     outcomes: list[Outcome] = []
     at_once(number, lambda i: outcomes.append(ask(port, bodies[i])))
     wrong = [o.problem or str(o.status) for o in outcomes if not (o.finished and o.n_tokens)]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 import csv
+import errno
 import io
 import itertools
 import json
 import os
 import subprocess
 import tarfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,7 +29,9 @@ from omnivlm_edge import DeviceError, ImageError, OmniVLM, OptionError, OutputEr
 from omnivlm_edge.batch.inputs import Columns, Item, Slice, count_inputs, read_inputs, read_source
 from omnivlm_edge.batch.output import Output, decode_row, encode_row, key_of
 from omnivlm_edge.batch.runner import Answerer, Task, Work
+from omnivlm_edge.batch.watch import watch_folder
 from omnivlm_edge.cli import cli
+from omnivlm_edge.cli.batch import _check_address
 
 DESCRIBED = "The image shows three horses and one duck near the water."
 
@@ -61,6 +66,8 @@ def test_folder_pattern_and_list_name_the_same_pictures(photos: Path, tmp_path: 
         paths.write_bytes(end.join(found).encode())
         assert keys([str(paths)]) == found
     assert list(count_inputs([str(photos), str(tmp_path / "list.txt")], Columns())) == [12]
+    paths.write_text("a.png\ndata:image/png;base64,AAAA\n")
+    assert keys([str(paths)]) == [f"{tmp_path}/a.png", f"{paths}:2"]
 
 
 def test_tables_and_shards(photos: Path, tmp_path: Path) -> None:
@@ -123,6 +130,38 @@ def test_what_is_wrong_in_a_table_is_a_row(tmp_path: Path) -> None:
         list(read_inputs([str(tmp_path / "what.bin")], Columns()))
 
 
+def test_halves_of_characters_and_deep_lines_are_rows(tmp_path: Path) -> None:
+    table = tmp_path / "t.jsonl"
+    rows = [
+        r'{"image": "a.png", "id": "\ud800", "q": "what"}',
+        r'{"image": "a.png", "id": "b", "q": "\ud800"}',
+        r'{"image": "\ud800.png", "id": "c", "q": "what"}',
+        "[" * 100_000,
+        '{"image": "a.png", "id": "e", "q": "what"}',
+    ]
+    table.write_text("\n".join(rows))
+    items = list(read_inputs([str(table)], Columns("image", "id", "q")))
+    assert [item.key for item in items] == [f"{table}:1", "b", "c", f"{table}:4", "e"]
+    assert [bool(item.problem) for item in items] == [True] * 4 + [False]
+    assert [item.key for item in read_inputs([str(table)], Columns())][2] == f"{table}:3"
+    with pytest.raises(OptionError, match="must be UTF-8"):
+        Task(("\udcff",))
+
+
+def test_a_pattern_passes_over_links_to_themselves(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "self.png").symlink_to("self.png")
+    (tmp_path / "one.png").symlink_to(photos / "000.png")
+    assert keys([f"{tmp_path}/*.png"]) == [f"{tmp_path}/one.png"]
+    assert keys([f"{tmp_path}/*/*.png"]) == []
+
+
+def test_a_pattern_of_tables_is_counted(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        rows = pa.Table.from_pylist([{"image": "x.png"}] * 2)
+        pq.write_table(rows, tmp_path / f"{name}.parquet")
+    assert list(count_inputs([f"{tmp_path}/*.parquet"], Columns())) == [4]
+
+
 def test_names_of_any_bytes_come_back(tmp_path: Path) -> None:
     names = [b"new\nline.png", b"not\xffutf8.png", "\u2028\u00e4.png".encode(), b"back\\xff.png"]
     for name in names:
@@ -136,6 +175,23 @@ def test_names_of_any_bytes_come_back(tmp_path: Path) -> None:
     back = {os.fsencode(key_of(row)) for line in lines if (row := decode_row(line))}
     assert back == {os.fsencode(tmp_path) + b"/" + name for name in names}
     assert sum(b"key_base64" in line for line in lines) == 1
+
+
+def test_hidden_folders_and_links_come_while_one_watches(tmp_path: Path) -> None:
+    """And are left out, as they would have been before."""
+    watched = write_pictures(tmp_path / "watched", 1)
+    for name in (".hidden", "seen", "elsewhere"):
+        write_pictures(tmp_path / name, 1)
+    for path in tmp_path.rglob("*.png"):
+        os.utime(path, (0, 0))  # complete since long ago
+    stop = threading.Event()
+    items = watch_folder(str(watched), stop)
+    assert next(items).key == f"{watched}/000.png"
+    (watched / "link").symlink_to(tmp_path / "elsewhere")
+    for name in (".hidden", "seen"):
+        (tmp_path / name).rename(watched / name)
+    threading.Timer(2, stop.set).start()
+    assert [item.key for item in items] == [f"{watched}/seen/000.png"]
 
 
 # ---- whole runs ---------------------------------------------------------------------------------
@@ -327,6 +383,18 @@ def test_parquet_and_shards(photos: Path, tmp_path: Path) -> None:
     assert [len(read_rows(path)) for path in sorted(lines.glob("part-*"))] == [4, 2]
 
 
+def test_files_named_as_addresses_of_ray_confuse_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("None", "auto", "local", "a:1"):
+        (tmp_path / name).write_bytes(b"")
+    for address in (None, "auto", "local", "ray://host:1"):
+        _check_address(address)
+    with pytest.raises(click.UsageError, match="took a:1 for an address"):
+        _check_address("a:1")
+
+
 def test_usage_errors(photos: Path, tmp_path: Path) -> None:
     out = ("-o", tmp_path / "out.jsonl")
     for wrong in (
@@ -425,6 +493,31 @@ def test_a_shard_is_there_once_after_a_kill_between_its_two_files(tmp_path: Path
         each["key"] for path in out.glob("*.parquet") for each in pq.read_table(path).to_pylist()
     ]
     assert sorted(found) == ["a", "b", "c", "d"]
+
+
+def test_other_files_beside_the_shards_stay(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fill(out, row("a"), format="jsonl")
+    copy = out / "part-00000.bak"
+    copy.write_bytes((out / "part-00000.jsonl").read_bytes() + b"mine")
+    assert fill(out, row("b"), format="jsonl") == (2, 0)
+    assert answers_of(out / "part-00000.jsonl") == ["a", "b"]
+    assert copy.read_bytes().endswith(b"mine")
+
+
+def test_a_disk_that_fails_at_the_end_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    out = tmp_path / "out.jsonl"
+    output = Output(str(out), ABOUT)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(OutputError, match="cannot be written"):
+            output.close()
+    assert fill(out, row("a")) == (1, 0)  # the lock is free
 
 
 # ---- the runner ---------------------------------------------------------------------------------

@@ -47,6 +47,10 @@ def mmproj_file(model: Path) -> Path:
     return path
 
 
+def test_encode_no_pictures(engine: OmniVLM) -> None:
+    assert engine.encode_batch([]) == []
+
+
 def test_encode_once_ask_often(engine: OmniVLM, picture: Image.Image) -> None:
     embedding = engine.encode(picture)
     assert isinstance(embedding, ImageEmbedding)
@@ -387,6 +391,7 @@ def test_wrong_options(options: dict[str, Any]) -> None:
         ({"n_threads": 0}, OptionError, "n_threads is 0"),
         ({"n_threads": 10**9}, OptionError, "n_threads is 1000000000"),
         ({"n_ctx": 0}, OptionError, "n_ctx is 0"),
+        ({"n_sequences": "2"}, OptionError, "n_sequences is '2': it must be a whole number"),
         ({"device": 3}, OptionError, "device is 3: it must be a name"),
         ({"device": None}, OptionError, "device is None: it must be a name"),
         ({"mmproj": 3}, OptionError, "mmproj is 3: it must be a path"),

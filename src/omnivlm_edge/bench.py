@@ -434,6 +434,10 @@ def describe_case(record: Record) -> str:
     return f"{record['device']}, precision {record['vision_precision']}, {threads}"
 
 
+# What any other JSON may lead to.
+_NO_RECORD = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 def read_records(path: Path) -> list[Record]:
     """The records in a file of JSON or JSON lines. Raises OptionError for anything else."""
     try:
@@ -451,10 +455,7 @@ def read_records(path: Path) -> list[Record]:
             for name, number in (*zip(_SIZES, sizes, strict=True), *numbers.items()):
                 if not 0 <= number / 1e6 < math.inf:
                     raise OptionError(f"{path}: {name} is {number}, which nobody has measured")
-    except (
-        *(ArithmeticError, AttributeError, LookupError),
-        *(RecursionError, TypeError, ValueError),
-    ) as exc:
+    except _NO_RECORD as exc:
         raise OptionError(f"{path}: holds no records of `bench -o json` or jsonl") from exc
     if not records:
         raise OptionError(f"{path}: holds no record of a case that was measured")

@@ -122,7 +122,7 @@ class PictureEncoder:
         for key, data in zip(new, self._compute(list(new.values())), strict=True):
             self._cache.put(key, data)
             found[key] = data, ""
-        share = (time.perf_counter() - started) / len(seen)  # of each in what all took
+        share = (time.perf_counter() - started) / max(1, len(seen))  # of each in what all took
         return [
             ImageEmbedding(found[key][0], pixels.seconds, share, pixels.name, found[key][1])
             for key, pixels in zip(keys, seen, strict=True)

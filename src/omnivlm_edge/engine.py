@@ -11,7 +11,6 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +89,7 @@ class OmniVLM:
     ) -> None:
         started = time.perf_counter()
         _check_whole("n_ctx", n_ctx, 1)
+        _check_whole("n_sequences", n_sequences, 1)
         threads = check_threads(n_threads)
         if n_gpu_layers is not None:
             _check_whole("n_gpu_layers", n_gpu_layers, 0)
@@ -384,12 +384,7 @@ class OmniVLM:
         self._open_encoder()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open_encoder(self) -> PictureEncoder:

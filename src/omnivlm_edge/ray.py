@@ -20,7 +20,7 @@ import numpy as np
 
 from .batch.inputs import Item
 from .batch.output import decode_row, encode_row, key_of
-from .batch.runner import Answerer, Row, Task, Work
+from .batch.runner import Answerer, Row, Task, Work, context_size
 from .engine import OmniVLM
 from .errors import ModelFileError, OmniVLMError, OptionError
 from .files import identity, loaded_digest
@@ -78,8 +78,9 @@ class OmniVLMPredictor:
     ) -> None:
         self._image_column, self._prompt_column = image_column, prompt_column
         self._prompt, self._choices = prompt, tuple(choices)
-        task = Task((), options or GenerateOptions(), self._choices, system)
-        engine = {"n_ctx": 768 * n_parallel, "disk_cache": False, **engine}
+        options = options or GenerateOptions()
+        task = Task((), options, self._choices, system)
+        engine = {"n_ctx": context_size(options, n_parallel), "disk_cache": False, **engine}
         loaded = OmniVLM(model, mmproj, n_sequences=n_parallel, **engine)
         self._answerer = Answerer(loaded, task, n_parallel=n_parallel)
 

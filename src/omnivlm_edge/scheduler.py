@@ -126,9 +126,9 @@ class Scheduler:
         """Whether the model was freed because nobody asked for it."""
         return self._loaded.is_set() and self._model is None
 
-    def wait_until_loaded(self, seconds: float | None = None) -> None:
+    def wait_until_loaded(self) -> None:
         """Raises what `load` raised, if it did."""
-        self._loaded.wait(seconds)
+        self._loaded.wait()
         if self._failure is not None:
             raise self._failure
 
@@ -177,9 +177,11 @@ class Scheduler:
         with self._changed:
             if self._closing:
                 self._refuse_waiting(ClosedError("the model is being closed"))
-            while not (self._waiting or self._running or self._closing):
-                if not self._changed.wait(self._sleep_after if self._model else None):
-                    self._free_model()
+            while not self._changed.wait_for(
+                lambda: self._waiting or self._running or self._closing,
+                self._sleep_after if self._model else None,
+            ):
+                self._free_model()
             return bool(self._waiting or self._running)
 
     def _step(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import fnmatch
 import glob
+import io
 import json
 import os
 import re
@@ -90,8 +91,9 @@ def count_inputs(inputs: Sequence[str], columns: Columns) -> Iterator[int]:
     """Counts what `read_inputs` gives, so far, from time to time; the last one is the number."""
     total = 0
     for text in inputs:
-        if text.lower().endswith(".parquet"):
-            total += int(_parquet(text).metadata.num_rows)
+        if text.lower().endswith(".parquet") and os.path.isfile(text):
+            with _parquet(text) as file:
+                total += int(file.metadata.num_rows)
             continue
         for _ in _read_input(text, columns):
             total += 1
@@ -239,11 +241,15 @@ def _match(base: str, parts: Sequence[str]) -> Iterator[str]:
             hidden = entry.name.startswith(".") and not first.startswith(".")
             if hidden or not matches(entry.name):
                 continue
+            try:
+                is_folder = entry.is_dir(follow_symlinks=not any_depth)
+                is_file = not is_folder and entry.is_file()
+            except OSError:  # a link that leads to itself
+                continue
             path = os.path.join(base, entry.name)
-            if entry.is_dir(follow_symlinks=not any_depth):
-                if any_depth or rest:
-                    yield from _match(path, parts if any_depth else rest)
-            elif not rest and entry.is_file():
+            if is_folder and (any_depth or rest):
+                yield from _match(path, parts if any_depth else rest)
+            elif is_file and not rest:
                 yield path
 
 
@@ -270,7 +276,7 @@ def _read_list(file: Any, folder: str, name: str) -> Iterator[Item]:
             continue
         text = os.fsdecode(line.strip(b"\r\n") if end == b"\n" else line)
         if text:
-            yield _item_of(text, folder)
+            yield _item_of(text, folder, f"{name}:{number}")
 
 
 def _lines(file: BinaryIO, end: bytes = b"\n") -> Iterator[tuple[int, bytes | None]]:
@@ -292,10 +298,13 @@ def _too_long(name: str, number: int) -> Item:
     return Item(f"{name}:{number}", None, problem=f"the line is longer than {MAX_LINE >> 20} MiB")
 
 
-def _item_of(text: str, folder: str, prompt: str | None = None, key: str | None = None) -> Item:
-    """A path, from `folder` on, or an address."""
+def _item_of(
+    text: str, folder: str, place: str, prompt: str | None = None, key: str | None = None
+) -> Item:
+    """A path, from `folder` on, or an address; a data: URI is named by its place."""
     if is_address(text):
-        return Item(text if key is None else key, text, prompt)
+        name = place if text[:5].lower() == "data:" else text
+        return Item(name if key is None else key, text, prompt)
     path = os.path.join(folder, text)
     return Item(path if key is None else key, Path(path), prompt)
 
@@ -308,7 +317,7 @@ def _read_jsonl(path: str, columns: Columns) -> Iterator[Item]:
             elif line.strip():
                 try:
                     row = json.loads(line)
-                except ValueError as exc:
+                except (ValueError, RecursionError) as exc:
                     yield Item(f"{path}:{number}", None, problem=f"the line is not JSON ({exc})")
                     continue
                 yield _from_row(row, path, number, columns)
@@ -317,10 +326,7 @@ def _read_jsonl(path: str, columns: Columns) -> Iterator[Item]:
 def _read_csv(path: str, columns: Columns) -> Iterator[Item]:
     delimiter = "\t" if path.lower().endswith(".tsv") else ","
     csv.field_size_limit(MAX_LINE)
-    with (
-        _open(path),
-        open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
-    ):
+    with io.TextIOWrapper(_open(path), "utf-8-sig", "surrogateescape", newline="") as file:
         rows = csv.DictReader(file, delimiter=delimiter)
         _check_columns(path, rows.fieldnames or [], columns)
         while True:
@@ -334,12 +340,18 @@ def _read_csv(path: str, columns: Columns) -> Iterator[Item]:
             yield _from_row(row, path, rows.line_num, columns)
 
 
-def _parquet(path: str) -> Any:
+def load_pyarrow() -> Any:
+    """The module, with `parquet` in it. Raises OptionError where it is not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as exc:
         raise OptionError('Parquet needs pyarrow: pip install "omnivlm-edge[batch]"') from exc
+    return pyarrow
+
+
+def _parquet(path: str) -> Any:
+    pyarrow = load_pyarrow()
     try:
         return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     except (OSError, pyarrow.ArrowException) as exc:
@@ -377,31 +389,47 @@ def _from_row(row: Any, path: str, number: int, columns: Columns) -> Item:
         return Item(place, None, problem="the row is not a JSON object")
     prompt = key = None
     if columns.key is not None:
-        if row.get(columns.key) is None:
-            return Item(place, None, problem=f"the row has no '{columns.key}'")
-        key = str(row[columns.key])
+        key = str(row.get(columns.key))
+        if row.get(columns.key) is None or not _is_name(key):
+            return Item(place, None, problem=f"the row has no usable '{columns.key}'")
     if columns.prompt is not None:
         prompt = row.get(columns.prompt)
-        if not isinstance(prompt, str) or not prompt:
+        if not isinstance(prompt, str) or not prompt or not is_text(prompt):
             problem = f"the row has no text in '{columns.prompt}'"
             return Item(place if key is None else key, None, problem=problem)
     image = row.get(columns.image)
     if isinstance(image, dict):  # as Hugging Face's data sets have it
         if image.get("bytes"):
             named = image.get("path")
-            key = key if key is not None or not named else str(named)
+            if key is None and named and _is_name(str(named)):
+                key = str(named)
             image = image["bytes"]
         else:
             image = image.get("path")
     if isinstance(image, bytes):
         return Item(place if key is None else key, image, prompt)
-    if not isinstance(image, str) or not image:
-        return Item(
-            place if key is None else key, None, prompt, f"the row has no '{columns.image}'"
-        )
-    if key is None and image[:5].lower() == "data:":
-        key = place
-    return _item_of(image, os.path.dirname(path), prompt, key)
+    if not isinstance(image, str) or not image or not _is_name(image):
+        problem = f"the row has no usable '{columns.image}'"
+        return Item(place if key is None else key, None, prompt, problem)
+    return _item_of(image, os.path.dirname(path), place, prompt, key)
+
+
+def is_text(text: str) -> bool:
+    """Whether it is Unicode: Python's texts may hold bytes that are none, JSON's halves of it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_name(text: str) -> bool:
+    """Whether a file may have this name: any bytes, but no halves."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # ---- tar ----------------------------------------------------------------------------------------

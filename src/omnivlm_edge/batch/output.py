@@ -29,14 +29,15 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from ..errors import OptionError, OutputError
+from .inputs import load_pyarrow
 from .runner import Row
 
 SHARD_ROWS = 100_000
 FORMATS = ("jsonl", "parquet")
+_PART = re.compile(r"part-\d+\.(?:jsonl|parquet)")
 _SYNC_SECONDS = 2.0
 _FORMAT_VERSION = 1
 _PARQUET_ROWS = 8192  # turned into a row group at once
@@ -73,7 +74,7 @@ class Output:
         else:
             raise OptionError(f"{path}: an output's name ends with .jsonl, .parquet or /")
         if self._format == "parquet":
-            _pyarrow()  # before any work
+            load_pyarrow()  # before any work
         self._shard_rows = shard_rows if self._folder else None
         self._seen = Seen()
         self._journal: _Journal | None = None
@@ -118,20 +119,18 @@ class Output:
 
     def close(self) -> None:
         """What was written stays, and the next run may go on. May be called again."""
-        if self._journal is not None:
-            self._journal.close()
-        self._lock.close()
-        self._seen.close()
+        try:
+            with _system_errors(self.path):
+                if self._journal is not None:
+                    self._journal.close()
+        finally:
+            self._lock.close()
+            self._seen.close()
 
     def __enter__(self) -> Output:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ---- places ---------------------------------------------------------------------------------
@@ -145,7 +144,7 @@ class Output:
     def _parts(self) -> list[Path]:
         """Every file that holds rows, in order."""
         if self._folder:
-            found = (p for p in self.path.iterdir() if re.fullmatch(r"part-\d+\.\w+", p.name))
+            found = (p for p in self.path.iterdir() if _PART.fullmatch(p.name))
             return sorted(found, key=lambda path: (int(path.stem[5:]), path.suffix))
         path = self.path
         if self._format == "parquet":
@@ -244,7 +243,7 @@ class Output:
         return n_rows
 
     def _read_parquet_part(self, path: Path, retry_errors: bool) -> int:
-        pyarrow = _pyarrow()
+        pyarrow = load_pyarrow()
         n_rows, wanted = 0, []
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(columns=["key", "key_base64", "prompt", "error"]):
@@ -345,7 +344,7 @@ def key_of(row: Mapping[str, Any]) -> str:
 
 def write_parquet(journals: Iterable[Path], target: Path) -> None:
     """The rows of journals as one Parquet file: all of it or none, whenever the kill comes."""
-    pyarrow = _pyarrow()
+    pyarrow = load_pyarrow()
     schema = _schema()
     with (
         _replacing(target) as file,
@@ -356,7 +355,7 @@ def write_parquet(journals: Iterable[Path], target: Path) -> None:
 
 
 def _schema() -> Any:
-    pa = _pyarrow()
+    pa = load_pyarrow()
     text, number, whole = pa.string(), pa.float64(), pa.int64()
     tokens = ("prompt_tokens", "image_tokens", "cached_tokens", "completion_tokens")
     times = (
@@ -388,15 +387,6 @@ def _journal_rows(journals: Iterable[Path]) -> Iterator[Row]:
 def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
     while batch := list(itertools.islice(rows, _PARQUET_ROWS)):
         yield batch
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as exc:
-        raise OptionError('Parquet needs pyarrow: pip install "omnivlm-edge[batch]"') from exc
-    return pyarrow
 
 
 # ---- files --------------------------------------------------------------------------------------

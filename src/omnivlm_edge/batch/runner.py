@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, TypeAlias
 
 from ..engine import OmniVLM
@@ -29,13 +28,14 @@ from ..image import Pixels
 from ..report import milliseconds, usage
 from ..scheduler import ENCODE_BATCH, Job, Scheduler, Update
 from ..sources import read_address
-from ..values import Answer, GenerateOptions, Turn
-from .inputs import Item, read_source
+from ..values import DEFAULT_MAX_TOKENS, Answer, GenerateOptions, Turn
+from .inputs import Item, is_text, read_source
 
 #: JSON: key, prompt, answer, finish_reason, error, and what is measured.
 Row: TypeAlias = "dict[str, Any]"
 
 _MAX_READERS = 4
+_PROMPT_POSITIONS = 256  # of one picture and a short question, and some more
 # The whole run ends: the next picture would not fare better.
 _FATAL = (ClosedError, DeviceError, ModelFileError)
 
@@ -55,6 +55,11 @@ class Task:
     model: str | None = None
     mmproj: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises OptionError for a prompt that no output could hold."""
+        if not all(map(is_text, self.prompts)):
+            raise OptionError("the prompt is not valid text: it must be UTF-8")
+
     def make(self, model: OmniVLM, pixels: Pixels, prompt: str) -> Generation:
         turns = [Turn(prompt, (pixels,))]
         if self.choices:
@@ -65,6 +70,11 @@ class Task:
         """The SHA-256 of all that stands around a picture."""
         text = json.dumps([self.variant, self.system, prompt])
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def context_size(options: GenerateOptions, n_parallel: int) -> int:
+    """Positions for so many answers at the same time, about one picture each."""
+    return n_parallel * (_PROMPT_POSITIONS + (options.max_tokens or DEFAULT_MAX_TOKENS))
 
 
 @dataclass(frozen=True)
@@ -170,12 +180,7 @@ class Answerer:
     def __enter__(self) -> Answerer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ---- threads --------------------------------------------------------------------------------

@@ -47,10 +47,14 @@ def watch_folder(folder: str, stop: threading.Event) -> Iterator[Item]:
         ignore_permission_denied=True,
     ):
         for _, path in changes:
-            path = os.path.join(folder, os.path.relpath(path, os.path.realpath(folder)))
+            inside = os.path.relpath(path, os.path.realpath(folder))
+            if any(part.startswith(".") for part in inside.split(os.sep)):
+                continue
+            path = os.path.join(folder, inside)
             if os.path.isdir(path):  # one that was moved here with all its pictures
-                yield from _scan(path, waiting)
-            elif _is_visible_picture(path, folder):
+                if not os.path.islink(path):
+                    yield from _scan(path, waiting)
+            elif is_picture(os.path.basename(path)):
                 waiting.setdefault(path, _Arrival(path))
         if time.monotonic() - scanned > _RESCAN_SECONDS:
             scanned = time.monotonic()
@@ -112,11 +116,6 @@ def _age(path: str) -> float:
         return time.time() - os.stat(path).st_mtime
     except OSError:
         return 0.0
-
-
-def _is_visible_picture(path: str, folder: str) -> bool:
-    *folders, name = os.path.relpath(path, folder).split(os.sep)
-    return is_picture(name) and not any(part.startswith(".") for part in folders)
 
 
 def _is_decodable(path: str) -> bool:

@@ -71,22 +71,20 @@ def cli() -> None:
 
 
 for command in (
-    *(
-        run,
-        batch,
-        serve,
-        pull,
-        ls,
-        show,
-        rm,
-        quantize,
-        imatrix,
-        compare,
-        bench,
-        convert,
-        doctor,
-        completion,
-    ),
+    run,
+    batch,
+    serve,
+    pull,
+    ls,
+    show,
+    rm,
+    quantize,
+    imatrix,
+    compare,
+    bench,
+    convert,
+    doctor,
+    completion,
 ):
     cli.add_command(command)
 

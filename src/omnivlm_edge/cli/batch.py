@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..values import DEFAULT_MAX_TOKENS
 from .options import (
     EngineSettings,
     Wanted,
@@ -24,9 +23,14 @@ from .options import (
     complete_path,
     consent,
     engine_options,
+    mmproj_option,
     model_argument,
     note,
+    offline_option,
+    parallel_option,
+    private_urls_option,
     setting,
+    yes_option,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +40,6 @@ if TYPE_CHECKING:
     from ..values import ModelFiles
 
 FAILED_ROWS = 3  # the exit code
-PROMPT_POSITIONS = 256  # of one picture and a short question, and some more
 
 
 @click.command()
@@ -95,17 +98,9 @@ PROMPT_POSITIONS = 256  # of one picture and a short question, and some more
 @click.option(
     "--ray-gpus", type=click.FloatRange(min=0), default=0, show_default=True, help="Each."
 )
-@click.option(
-    "--mmproj", type=click.Path(path_type=Path), help="Vision file (GGUF), if not beside MODEL."
-)
+@mmproj_option
 @answer_options
-@setting(
-    "--parallel",
-    type=click.IntRange(1, 64),
-    default=8,
-    show_default=True,
-    help="Answers generated at the same time.",
-)
+@parallel_option
 @setting(
     "--readers",
     type=click.IntRange(1, 64),
@@ -115,10 +110,10 @@ PROMPT_POSITIONS = 256  # of one picture and a short question, and some more
     None, "Positions that all running answers share.  [default: 256 and -n for each of them]"
 )
 @setting("--no-cache", is_flag=True, help="Keep no hashes of the model's files on disk.")
-@setting("--allow-private-urls", is_flag=True, help="Fetch pictures from private addresses too.")
-@setting("--offline", is_flag=True, help="Download no models.")
+@private_urls_option
+@offline_option
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
-@click.option("-y", "--yes", is_flag=True, help="Make here, once, what is not published.")
+@yes_option
 def batch(
     model: str,
     inputs: tuple[str, ...],
@@ -167,7 +162,7 @@ def batch(
 
     from ..batch.inputs import Columns, check_inputs, read_inputs
     from ..batch.output import Output
-    from ..batch.runner import pending
+    from ..batch.runner import context_size, pending
     from ..batch.watch import watch_folder
     from ..models import find_model
 
@@ -180,8 +175,7 @@ def batch(
     task = _task(files, tuple(dict.fromkeys(prompts)), wanted, options, no_cache)
     about = _about(task, columns, settings)
     settings |= {
-        "n_ctx": ctx_size
-        or parallel * (PROMPT_POSITIONS + (options.max_tokens or DEFAULT_MAX_TOKENS)),
+        "n_ctx": ctx_size or context_size(options, parallel),
         "n_sequences": parallel,
         "disk_cache": False,
     }
@@ -309,8 +303,9 @@ def _parse_actors(text: str) -> tuple[int, int]:
 
 
 def _check_address(address: str | None) -> None:
-    known = address in (None, "auto", "local") or ":" in str(address)
-    if not known or os.path.exists(str(address)):
+    if address is None or address in ("auto", "local"):
+        return
+    if ":" not in address or os.path.exists(address):
         raise click.UsageError(
             f"--ray took {address} for an address (auto, local, HOST:PORT, ray://…): put --ray last"
         )

@@ -13,7 +13,12 @@ from .options import (
     check_plot,
     comma_list,
     complete_path,
+    device_option,
+    low_memory_option,
+    mmproj_option,
     model_argument,
+    n_gpu_layers_option,
+    no_mmproj_offload_option,
     note,
     setting,
     writing,
@@ -25,9 +30,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument()
-@click.option(
-    "--mmproj", type=click.Path(path_type=Path), help="Vision file (GGUF), if not beside MODEL."
-)
+@mmproj_option
 @click.option(
     "-i",
     "--image",
@@ -68,7 +71,7 @@ if TYPE_CHECKING:
     callback=comma_list(click.IntRange(1, 512)),
     help="CPU threads. May be repeated.  [default: all cores]",
 )
-@setting("--device", default="auto", show_default=True, help="auto, cpu, cuda, metal, vulkan, …")
+@device_option
 @setting(
     "--vision-precision",
     "--precision",
@@ -80,16 +83,9 @@ if TYPE_CHECKING:
     show_default=True,
     help=f"How pictures are encoded on the CPU: {', '.join(VISION_PRECISIONS)}. May be repeated.",
 )
-@setting(
-    "--low-memory", is_flag=True, help="Expand weights only while they are used: smaller, slower."
-)
-@setting(
-    "-ngl",
-    "--n-gpu-layers",
-    type=click.IntRange(min=0),
-    help="Layers of the text model on the GPU.  [default: all]",
-)
-@setting("--no-mmproj-offload", is_flag=True, help="Encode pictures on the CPU.")
+@low_memory_option
+@n_gpu_layers_option
+@no_mmproj_offload_option
 @click.option(
     "-o",
     "--output",

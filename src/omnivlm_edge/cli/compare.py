@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 import click
 
 from ..values import VISION_PRECISIONS
-from .options import check_plot, complete_path, model_argument, note, setting, writing
+from .options import (
+    check_plot,
+    complete_path,
+    device_option,
+    model_argument,
+    note,
+    setting,
+    writing,
+)
 
 if TYPE_CHECKING:
     from ..compare import Loss
@@ -65,7 +73,7 @@ _COLUMNS = "model,MB,cosine,worst,error,KL text,top-1,KL whole,top-1,exact".spli
     show_default=True,
     help="How the builds B encode pictures; A is always computed by ggml, in its own types.",
 )
-@setting("--device", default="auto", show_default=True, help="auto, cpu, cuda, metal, vulkan, …")
+@device_option
 def compare(
     reference: str,
     others: tuple[str, ...],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import model_argument, setting
+from .options import device_option, mmproj_option, model_argument
 
 if TYPE_CHECKING:
     from ..doctor import Check
@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument(default="demo")
-@click.option(
-    "--mmproj", type=click.Path(path_type=Path), help="Vision file (GGUF), if not beside MODEL."
-)
-@setting("--device", default="auto", show_default=True, help="auto, cpu, cuda, metal, vulkan, …")
+@mmproj_option
+@device_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
 @click.pass_context
 def doctor(

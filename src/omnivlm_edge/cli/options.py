@@ -48,15 +48,45 @@ def parse_size(_: click.Context, parameter: click.Parameter, text: str | None) -
     return int(size)
 
 
-def vision_precision_option() -> Decorator:
-    """The option --vision-precision."""
-    return setting(
-        "--vision-precision",
-        type=click.Choice(VISION_PRECISIONS),
-        default="auto",
-        show_default=True,
-        help="How pictures are encoded on a CPU; auto is int8 where the CPU is made for it.",
-    )
+mmproj_option = click.option(
+    "--mmproj", type=click.Path(path_type=Path), help="Vision file (GGUF), if not beside MODEL."
+)
+device_option = setting(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda, metal, vulkan, …"
+)
+n_gpu_layers_option = setting(
+    "-ngl",
+    "--n-gpu-layers",
+    type=click.IntRange(min=0),
+    help="Layers of the text model on the GPU.  [default: all]",
+)
+vision_precision_option = setting(
+    "--vision-precision",
+    type=click.Choice(VISION_PRECISIONS),
+    default="auto",
+    show_default=True,
+    help="How pictures are encoded on a CPU; auto is int8 where the CPU is made for it.",
+)
+low_memory_option = setting(
+    "--low-memory", is_flag=True, help="Expand weights only while they are used: smaller, slower."
+)
+no_mmproj_offload_option = setting(
+    "--no-mmproj-offload", is_flag=True, help="Encode pictures on the CPU."
+)
+parallel_option = setting(
+    "--parallel",
+    type=click.IntRange(1, 64),
+    default=8,
+    show_default=True,
+    help="Answers generated at the same time.",
+)
+private_urls_option = setting(
+    "--allow-private-urls", is_flag=True, help="Fetch pictures from private addresses too."
+)
+offline_option = setting("--offline", is_flag=True, help="Download no models.")
+yes_option = click.option(
+    "-y", "--yes", is_flag=True, help="Make here, once, what is not published."
+)
 
 
 @dataclass(frozen=True)
@@ -210,21 +240,10 @@ _ENGINE_OPTIONS = (
     setting(
         "-t", "--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: all cores]"
     ),
-    setting(
-        "--device", default="auto", show_default=True, help="auto, cpu, cuda, metal, vulkan, …"
-    ),
-    setting(
-        "-ngl",
-        "--n-gpu-layers",
-        type=click.IntRange(min=0),
-        help="Layers of the text model on the GPU.  [default: all]",
-    ),
-    vision_precision_option(),
-    setting(
-        "--low-memory",
-        is_flag=True,
-        help="Expand weights only while they are used: smaller, slower.",
-    ),
+    device_option,
+    n_gpu_layers_option,
+    vision_precision_option,
+    low_memory_option,
     setting(
         "--max-ram",
         metavar="SIZE",
@@ -232,7 +251,7 @@ _ENGINE_OPTIONS = (
         help="Refuse a model that may need more memory, such as 900M or 1.5G, before it is loaded. "
         "A picture of up to 12 megapixels is counted.",
     ),
-    setting("--no-mmproj-offload", is_flag=True, help="Encode pictures on the CPU."),
+    no_mmproj_offload_option,
 )
 
 

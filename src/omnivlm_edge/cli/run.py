@@ -14,18 +14,20 @@ from .options import (
     complete_path,
     consent,
     engine_options,
+    mmproj_option,
     model_argument,
     note,
+    offline_option,
+    private_urls_option,
     setting,
+    yes_option,
 )
 from .output import Output, describe
 
 
 @click.command()
 @model_argument()
-@click.option(
-    "--mmproj", type=click.Path(path_type=Path), help="Vision file (GGUF), if not beside MODEL."
-)
+@mmproj_option
 @click.option(
     "-i",
     "--image",
@@ -43,9 +45,9 @@ from .output import Output, describe
 @click.option("--show-image", is_flag=True, help="Say on stderr what the model sees of a picture.")
 @engine_options(DEFAULT_N_CTX, "Positions for prompt, pictures and answer.")
 @setting("--no-cache", is_flag=True, help="Keep no pictures, prompts, hashes and lines on disk.")
-@setting("--allow-private-urls", is_flag=True, help="Fetch pictures from private addresses too.")
-@setting("--offline", is_flag=True, help="Download no models.")
-@click.option("-y", "--yes", is_flag=True, help="Make here, once, what is not published.")
+@private_urls_option
+@offline_option
+@yes_option
 def run(
     model: str,
     mmproj: Path | None,

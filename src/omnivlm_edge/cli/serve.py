@@ -10,12 +10,16 @@ import click
 from ..errors import OmniVLMError
 from ..values import DEFAULT_N_CTX
 from .options import (
+    EngineSettings,
     consent,
+    engine_options,
+    mmproj_option,
     model_argument,
     note,
-    parse_size,
+    offline_option,
+    parallel_option,
     setting,
-    vision_precision_option,
+    yes_option,
 )
 
 if TYPE_CHECKING:
@@ -34,19 +38,11 @@ def _check_key(_: click.Context, parameter: click.Parameter, key: str | None) ->
 
 @click.command()
 @model_argument()
-@click.option(
-    "--mmproj", type=click.Path(path_type=Path), help="Vision file (GGUF), if not beside MODEL."
-)
+@mmproj_option
 @setting("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: the network, too.")
 @setting("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any.")
 @setting("--api-key", callback=_check_key, help="Whoever asks must have it.")
-@setting(
-    "--parallel",
-    type=click.IntRange(1, 64),
-    default=8,
-    show_default=True,
-    help="Answers generated at the same time.",
-)
+@parallel_option
 @setting(
     "--queue",
     type=click.IntRange(0, 4096),
@@ -61,32 +57,11 @@ def _check_key(_: click.Context, parameter: click.Parameter, key: str | None) ->
     show_default=True,
     help="Seconds that an answer may take.",
 )
-@setting(
-    "-c",
-    "--ctx-size",
-    type=click.IntRange(min=1),
-    help="Positions that all running answers share.  "
+@engine_options(
+    None,
+    "Positions that all running answers share.  "
     f"[default: {DEFAULT_N_CTX}, or {_ANSWER_POSITIONS} for each of --parallel if that is more]",
 )
-@setting("-t", "--threads", type=click.IntRange(1, 512), help="CPU threads.  [default: all cores]")
-@setting("--device", default="auto", show_default=True, help="auto, cpu, cuda, metal, vulkan, …")
-@setting(
-    "-ngl",
-    "--n-gpu-layers",
-    type=click.IntRange(min=0),
-    help="Layers of the text model on the GPU.  [default: all]",
-)
-@vision_precision_option()
-@setting(
-    "--low-memory", is_flag=True, help="Expand weights only while they are used: smaller, slower."
-)
-@setting(
-    "--max-ram",
-    metavar="SIZE",
-    callback=parse_size,
-    help="Refuse a model that needs more memory, such as 900M or 1.5G, before it is loaded.",
-)
-@setting("--no-mmproj-offload", is_flag=True, help="Encode pictures on the CPU.")
 @setting("--preload", is_flag=True, help="Open the port when the model is there, not before.")
 @setting(
     "--sleep-idle-seconds",
@@ -103,8 +78,8 @@ def _check_key(_: click.Context, parameter: click.Parameter, key: str | None) ->
     "--cors-origin", "origins", multiple=True, help="Let pages of this origin ask. May be repeated."
 )
 @setting("--log-content", is_flag=True, help="Write questions and answers into the log, too.")
-@setting("--offline", is_flag=True, help="Download no models.")
-@click.option("-y", "--yes", is_flag=True, help="Make here, once, what is not published.")
+@offline_option
+@yes_option
 def serve(
     model: str,
     mmproj: Path | None,
@@ -115,13 +90,7 @@ def serve(
     queue: int,
     request_timeout: float,
     ctx_size: int | None,
-    threads: int | None,
-    device: str,
-    n_gpu_layers: int | None,
-    vision_precision: str,
-    low_memory: bool,
-    max_ram: int | None,
-    no_mmproj_offload: bool,
+    settings: EngineSettings,
     preload: bool,
     sleep_idle_seconds: float | None,
     allow_urls: bool,
@@ -156,19 +125,13 @@ def serve(
             files.text,
             files.mmproj,
             variant=files.variant,
-            device=device,
             n_ctx=ctx_size or max(DEFAULT_N_CTX, _ANSWER_POSITIONS * parallel),
             n_sequences=parallel,
-            n_threads=threads,
-            n_gpu_layers=n_gpu_layers,
-            mmproj_offload=not no_mmproj_offload,
-            vision_precision=vision_precision,
-            low_memory=low_memory,
-            max_ram=max_ram,
             disk_cache=False,
+            **settings,
         )
 
-    settings = Settings(
+    rules = Settings(
         name=Path(model).name,
         n_parallel=parallel,
         seconds=request_timeout,
@@ -183,7 +146,7 @@ def serve(
     )
     serve_model(
         load,
-        settings,
+        rules,
         host=host,
         port=port,
         n_queue=queue,

@@ -9,14 +9,14 @@ from typing import Any
 import click
 
 from ..errors import ModelFileError
-from .options import consent, model_argument, note
+from .options import consent, model_argument, note, yes_option
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command()
 @model_argument("models", metavar="MODEL...", nargs=-1, required=True)
-@click.option("-y", "--yes", is_flag=True, help="Make here, once, what is not published.")
+@yes_option
 @as_json
 def pull(models: tuple[str, ...], yes: bool, as_json: bool) -> None:
     """Download models, or bring them up to date.

@@ -183,7 +183,6 @@ def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     for name, level in (("omnivlm_edge", logging.INFO), ("uvicorn", logging.ERROR)):
         logger = logging.getLogger(name)
-        with contextlib.suppress(ValueError):
-            logger.setLevel(level)
+        logger.setLevel(level)
         logger.addHandler(handler)
         logger.propagate = False
