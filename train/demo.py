@@ -1,0 +1,50 @@
+"""Everything in order, from nothing to a converted and quantized pair of GGUF files.
+
+Each step is passed over when its result is there; one that was stopped goes on where it stopped.
+With `checkpoint`s in the configuration the towers' own stages fall away.
+"""
+
+from pathlib import Path
+
+import dpo
+import language
+import pretrain
+import sft
+import tower
+from config import Config, TrainError
+from loop import stage_main
+
+STAGES = (tower, language, pretrain, sft, dpo)
+
+
+def convert(config: Config, out: Path) -> None:
+    """OUT/dpo/model -> OUT/gguf and, with a recipe, OUT/gguf-RECIPE."""
+    from omnivlm_edge.convert import convert_checkpoint
+    from omnivlm_edge.errors import OmniVLMError
+    from omnivlm_edge.quantize.file import output_name, quantize_file
+
+    folder = out / "gguf"
+    try:
+        if not any(folder.glob("*.gguf")):
+            convert_checkpoint(out / "dpo" / "model", folder, config.outtype, name="demo")
+        if config.quantize:
+            smaller = out / f"gguf-{config.quantize}"
+            smaller.mkdir(exist_ok=True)
+            for source in sorted(folder.glob("*.gguf")):
+                output = smaller / output_name(source, config.quantize)
+                if not output.exists():
+                    quantize_file(source, output, config.quantize)
+    except OmniVLMError as error:
+        raise TrainError(str(error)) from error
+
+
+def run(config: Config, out: Path) -> None:
+    """All of it."""
+    for stage in STAGES:
+        print(f"{stage.__name__}: {stage.__doc__.splitlines()[0]}", flush=True)
+        stage.run(config, out)
+    convert(config, out)
+
+
+if __name__ == "__main__":
+    stage_main(run, __doc__.splitlines()[0])
