@@ -58,9 +58,7 @@ def token_losses(
     losses = losses.masked_scatter(
         learned, F.cross_entropy(logits, targets[learned], reduction="none")
     )
-    right = torch.zeros_like(learned).masked_scatter(
-        learned, logits.argmax(-1) == targets[learned]
-    )
+    right = torch.zeros_like(learned).masked_scatter(learned, logits.argmax(-1) == targets[learned])
     return losses, right
 
 

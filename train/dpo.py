@@ -83,9 +83,7 @@ def ask(
         edited = correct(scene, answer, question.language)
         if answer and edited != answer:
             pairs.append(
-                Preference(
-                    pictures[place], question.question, edited, answer, question.language
-                )
+                Preference(pictures[place], question.question, edited, answer, question.language)
             )
     return pairs, len(asked)
 
@@ -118,9 +116,7 @@ def collect(model: OmniVLM, config: Config, folder: Path) -> list[Preference]:
     if len(pairs) < 2:
         raise TrainError(f"{file} has {len(pairs)} pairs; raise dpo.pictures or dpo.temperature")
     distances = [edits(pair.rejected, pair.chosen, pair.language) for pair in pairs]
-    lengths = [
-        len(p.rejected) if p.language == "zh" else len(p.rejected.split()) for p in pairs
-    ]
+    lengths = [len(p.rejected) if p.language == "zh" else len(p.rejected.split()) for p in pairs]
     summary = {
         "answers": sum(row["answers"] for row in rows if "chunk" in row),
         "pairs": len(pairs),
@@ -218,7 +214,9 @@ class DpoTask(AnswerTask):
         if self.held_out:
             size, count = self.batch, len(self.held_out.pairs)
             for start in range(0, count, size):
-                batch = self.moved([self.held_out.at(i) for i in range(start, min(start + size, count))])
+                batch = self.moved(
+                    [self.held_out.at(i) for i in range(start, min(start + size, count))]
+                )
                 loss, numbers = self(batch)
                 share = len(batch["row"]) / count
                 for name, value in ({"loss": loss} | numbers).items():
@@ -318,15 +316,15 @@ def run(config: Config, out: Path) -> None:
         return load_checkpoint(out / "sft" / "model", config.attention)
 
     model = fresh_model()
-    if settings.json:
-        pairs = read_pairs(Path(settings.json))
-    else:
-        pairs = collect(model, config, folder)
+    pairs = read_pairs(Path(settings.json)) if settings.json else collect(model, config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = PairRows(pairs, config, model)
     remember(DpoTask(model, config, 0.0, None), rows, folder / "reference.pt")
     held = max(1, min(settings.validation, len(pairs) // 10))
-    learnt, held_out = PairRows(pairs[:-held], config, model), PairRows(pairs[-held:], config, model)
+    learnt, held_out = (
+        PairRows(pairs[:-held], config, model),
+        PairRows(pairs[-held:], config, model),
+    )
     learnt.reference, held_out.reference = rows.reference[:-held], rows.reference[-held:]
 
     def settled(rate: float, steps: int) -> Dpo:

@@ -7,11 +7,9 @@ and stage 1 has only to make image tokens say what the list says.
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from numpy.random import Generator
 from tokenizers import Tokenizer
-from transformers import Qwen2ForCausalLM
 
 from answers import AnswerTask
 from config import Config

@@ -114,7 +114,9 @@ class Average:
 def noted_signals() -> Iterator[list[int]]:
     """SIGINT and SIGTERM are put into the list, to be heeded after the step."""
     seen: list[int] = []
-    before = {s: signal.signal(s, lambda n, _: seen.append(n)) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        s: signal.signal(s, lambda n, _: seen.append(n)) for s in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield seen
     finally:
@@ -198,7 +200,9 @@ def train(
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(state["parameters"][name])
-            torch._foreach_copy_(average.values, [v.to(accelerator.device) for v in state["average"]])
+            torch._foreach_copy_(
+                average.values, [v.to(accelerator.device) for v in state["average"]]
+            )
         for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         _set_generators(state["generators"][accelerator.process_index])
@@ -363,7 +367,9 @@ class Log:
 
     def _write(self, numbers: dict[str, float], shown: bool = False) -> None:
         if self.writes:
-            line = json.dumps({k: v if isinstance(v, int) else round(v, 5) for k, v in numbers.items()})
+            line = json.dumps(
+                {k: v if isinstance(v, int) else round(v, 5) for k, v in numbers.items()}
+            )
             with open(self.file, "a") as out:
                 out.write(line + "\n")
             if shown:

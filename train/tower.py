@@ -95,6 +95,7 @@ class TowerTask(Task):
             self.siglip.logit_scale.fill_(np.log(10))
             self.siglip.logit_bias.fill_(-10)
         self.labels = nn.Linear(vision.hidden_size, len(KINDS) * LABELS)
+
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Task`."""
         pixels = batch["pixels"] / 127.5 - 1
