@@ -191,6 +191,7 @@ void translate(const std::exception_ptr & error, void *) {
 NB_MODULE(_native, m) {
     m.doc() = "Vision tower and projector of OmniVLM on ggml.";
     nb::register_exception_translator(translate);
+    nb::set_leak_warnings(false);  // a process that is interrupted ends while threads hold a model
 
     nb::class_<Device>(m, "Device", "One device of ggml's backend registry.")
         .def_ro("name", &Device::name)

@@ -556,3 +556,29 @@ def test_a_broken_device_or_input_ends_the_run(tiny_model: Path, photos: Path) -
             list(answerer.run([Work(Item("a", photos / "000.png"), ("What?",))]))
         with pytest.raises((ImageError, DeviceError), match="gone"):
             list(answerer.run(broken()))
+
+
+def test_nothing_to_ask_about_is_an_error_and_a_corrected_command_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    (tmp_path / "empty").mkdir()
+    result = batch(tmp_path / "empty", "-p", QUESTION, "-o", out)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "empty: nothing to ask about was found there" in result.stderr
+    photos = write_pictures(tmp_path / "photos", 1)
+    result = batch(photos, "-p", "What is in the image?", "-n", 8, "-o", out)
+    assert result.returncode == 0, result.stderr
+    assert len(answers(out)) == 1
+
+
+def test_rows_of_one_key_are_told(tmp_path: Path) -> None:
+    photos = write_pictures(tmp_path / "photos", 2)
+    table = tmp_path / "table.jsonl"
+    lines = [json.dumps({"id": "same", "image": str(path)}) for path in sorted(photos.iterdir())]
+    table.write_text("\n".join(lines))
+    out = tmp_path / "out.jsonl"
+    command = (table, "--key-column", "id", "-p", QUESTION, "-n", 8, "-o", out)
+    for _ in range(2):  # and again when the run goes on
+        result = batch(*command)
+        assert result.returncode == 0, result.stderr
+        assert "1 more were left out: another one has the same key and prompt" in result.stderr
+    assert len(answers(out)) == 1

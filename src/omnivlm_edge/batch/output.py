@@ -175,7 +175,9 @@ class Output:
             self._lock.write(json.dumps(now, indent=1).encode() + b"\n")
             return
         different = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        if different:
+        if different and not has_rows:
+            self._lock.write(json.dumps(now, indent=1).encode() + b"\n")
+        elif different:
             raise OutputError(
                 f"{self.path}: was begun with another {' and another '.join(different)}: name "
                 "another output, or --overwrite it"

@@ -164,6 +164,7 @@ def batch(
     from ..batch.output import Output
     from ..batch.runner import context_size, pending
     from ..batch.watch import watch_folder
+    from ..errors import OptionError
     from ..models import find_model
 
     options = wanted.options()
@@ -209,6 +210,8 @@ def batch(
             if "-" not in inputs:
                 progress.count(inputs, columns, max(1, len(prompts)))
             first = next(work, None)  # a finished run needs no model
+            if first is None and not progress.n_skipped:
+                raise OptionError(f"{', '.join(inputs)}: nothing to ask about was found there")
             work = iter(()) if first is None else itertools.chain([first], work)
         if watch or first is not None:
             if ray_address is not None:
@@ -334,7 +337,7 @@ class Progress:
         self._output, self._quiet = output, quiet
         self._started = time.monotonic()
         self._n_before = output.n_rows
-        self._n_new = self._n_failed = self._n_tokens = 0
+        self._n_new = self._n_failed = self._n_tokens = self.n_skipped = 0
         self._ended = threading.Event()
         interval = 0.2 if sys.stderr.isatty() else 30  # seconds; a log gets a line now and then
         self._bar = tqdm(
@@ -356,9 +359,13 @@ class Progress:
                 f"{self._n_failed} of them failed; {self._output.path} has {self._output.n_rows}, "
                 f"{self._output.n_errors} of them failed{end}"
             )
+        double = self.n_skipped - self._n_before
+        if kind is None and double > 0:
+            note(f"({double} more were left out: another one has the same key and prompt)")
 
     def skip(self, n: int) -> None:
-        """Rows that were there before."""
+        """Rows that were there before, or that have the key and prompt of another one."""
+        self.n_skipped += n
         if not self._quiet:
             self._bar.initial += n  # they say nothing about the rate
             self._bar.n += n
