@@ -1,5 +1,5 @@
 # make demo | test | lint | test-reference | test-slow | test-sanitize | test-kernels | test-kernels-arm
-#      bench-kernels | eval-demo | format | stub | docs | clean
+#      bench-kernels | eval-demo | train-demo | format | stub | docs | clean
 #
 # Everything is installed into .venv; a second run finds it there and is quick.
 
@@ -13,7 +13,7 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE README.md \
 NATIVE  := $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h)
 LINTED  := src convert tests train bench docs
 
-.PHONY: demo test lint test-reference test-slow test-sanitize test-kernels test-kernels-arm bench-kernels eval-demo format stub docs clean
+.PHONY: demo test lint test-reference test-slow test-sanitize test-kernels test-kernels-arm bench-kernels eval-demo train-demo format stub docs clean
 
 demo: $(VENV)/package.stamp
 	$(BIN)/omnivlm-edge run demo -i examples/horses.png -p "Describe the image"
@@ -29,6 +29,13 @@ test-slow: $(VENV)/test.stamp
 eval-demo: $(VENV)/package.stamp
 	test -f build/testset/questions.jsonl || $(BIN)/python train/testset.py build/testset --split test -n 500
 	$(BIN)/omnivlm-edge eval demo testset build/testset -o build/eval-demo
+
+# Hours, from nothing to GGUF files in build/train-demo; started again, it goes on where it stopped.
+# Matrices are small: threads that sleep while they wait, and memory that stays in the process, count.
+train-demo: export OMP_WAIT_POLICY ?= PASSIVE
+train-demo: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=16000000000
+train-demo: $(VENV)/train.stamp
+	$(BIN)/python train/demo.py --config train/configs/demo.toml --out build/train-demo
 
 test-reference: $(VENV)/reference.stamp
 	$(BIN)/python -m pytest -m reference
@@ -117,7 +124,11 @@ $(VENV)/test.stamp: $(VENV)/build.stamp $(SOURCES)
 
 $(VENV)/reference.stamp: $(VENV)/build.stamp $(SOURCES)
 	$(PIP) install -q --no-build-isolation ".[test,reference]"
-	touch $@ $(VENV)/test.stamp $(VENV)/package.stamp
+	touch $@ $(VENV)/test.stamp $(VENV)/train.stamp $(VENV)/package.stamp
+
+$(VENV)/train.stamp: $(VENV)/build.stamp $(SOURCES)
+	$(PIP) install -q --no-build-isolation ".[train]"
+	touch $@ $(VENV)/package.stamp
 
 clean:
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache

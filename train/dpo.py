@@ -114,7 +114,9 @@ def collect(model: OmniVLM, config: Config, folder: Path) -> list[Preference]:
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     pairs = [Preference(**row) for row in rows if "chunk" not in row]
     if len(pairs) < 2:
-        raise TrainError(f"{file} has {len(pairs)} pairs; raise dpo.pictures or dpo.temperature")
+        raise TrainError(
+            f"{file} has {len(pairs)} pairs; delete it and raise dpo.pictures or dpo.temperature"
+        )
     distances = [edits(pair.rejected, pair.chosen, pair.language) for pair in pairs]
     lengths = [len(p.rejected) if p.language == "zh" else len(p.rejected.split()) for p in pairs]
     summary = {

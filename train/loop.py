@@ -232,6 +232,7 @@ def train(
             num_workers=config.data.workers,
             prefetch_factor=4 if config.data.workers else None,
             worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),  # else it draws from the one that the stages use
             pin_memory=accelerator.device.type == "cuda",
         )
     )
