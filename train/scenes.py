@@ -2,8 +2,8 @@
 
 A scene is one to three kinds of thing, mostly one to three of each, on a jittered 3x3 grid over a
 drawn setting. Most things are where they are at home (horses on grass, eggs in a fridge), so that
-the training has habits that a model can fall for. Some pairs of things and some numbers of a thing
-(`held_out`) never come in training; every scene of the other splits has one of its own.
+the training has habits that a model can fall for. Some pairs of things and some numbers of things
+together (`held_out`) never come in training; every scene of the other splits has some of its own.
 """
 
 from bisect import bisect
@@ -130,17 +130,29 @@ HOME_SHARE = 0.75  # of the kinds are drawn from those at home in the setting
 PARTNER_SHARE = 0.4  # of those behind another: the other's neighbour in the setting's list
 _ANGLES = (-18, -12, -6, 6, 12, 18)
 _PAIR_RESIDUES = {"validation": 2, "test": 5}
-_COUNT_RESIDUES = {"validation": 0, "test": 1}  # hold out two or three of a kind, never both
+_NUMBER_RESIDUES = {"validation": 0, "test": 4}
 
 
-def held_out(kinds: dict[int, int]) -> set[str]:
-    """The splits other than "train" to which these kinds and their counts belong; mostly none."""
+def held_out(kinds: dict[int, int], setting: str) -> set[str]:
+    """The splits other than "train" to which these kinds and their counts belong; mostly none.
+
+    Pairs of kinds are held out; numbers are in company (two horses with three cows) or, of a lone
+    kind, in a setting. Were they held out by themselves, the training would teach that horses
+    never come in twos: a fact, not a composition.
+    """
     pairs = [(7 * a + 5 * b) % 11 for a, b in combinations(sorted(kinds), 2)]
-    counts = [(7 * kind + 3 * count) % 13 for kind, count in kinds.items() if count in (2, 3)]
+    numbers = [
+        (7 * a + 3 * m + 5 * b + 2 * n) % 13
+        for (a, m), (b, n) in combinations(sorted(kinds.items()), 2)
+        if m + n > 2
+    ]
+    if len(kinds) == 1:
+        (kind, count), *_ = kinds.items()
+        numbers = [(7 * kind + 3 * count + 5 * list(SETTINGS).index(setting)) % 13]
     return {
         split
         for split in _PAIR_RESIDUES
-        if _PAIR_RESIDUES[split] in pairs or _COUNT_RESIDUES[split] in counts
+        if _PAIR_RESIDUES[split] in pairs or _NUMBER_RESIDUES[split] in numbers
     }
 
 
@@ -173,7 +185,8 @@ def _sample_kinds(
                 rank = bisect(weights, which * weights[-1]) if at_home < HOME_SHARE else len(home)
             kind = home[rank] if rank < len(home) else int(which * len(THINGS))
             kinds[kind] = bisect((0.0, 0.4, 0.7, 0.96), count)
-        if len(kinds) == number and sum(kinds.values()) <= 9 and held_out(kinds) == wanted:
+        fits = len(kinds) == number and sum(kinds.values()) <= 9
+        if fits and held_out(kinds, setting) == wanted:
             return kinds
 
 
