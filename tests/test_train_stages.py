@@ -138,7 +138,9 @@ def test_logs_tell_throughput_and_accuracy_and_have_curves(done: Path) -> None:
     assert all("pictures_per_second" in told[stage] for stage in STAGES)
     assert {"val_thing", "val_centre", "val_number", "val_retrieval"} <= told["tower"]
     for stage in ("language", "sft"):
-        assert {"val_loss", "decision_en", "count_en", "caption_en"} <= told[stage]
+        assert "val_loss" in told[stage]
+        kinds = {name.rsplit("_", 1)[0] for name in told[stage] if name.endswith(("_en", "_zh"))}
+        assert {"decision", "count", "caption"} <= kinds  # of few pictures, each in one language
     assert {"hallucinated", "recall", "faultless", "val_loss"} <= told["dpo"]
     assert all((done / stage / "curves.png").read_bytes()[1:4] == b"PNG" for stage in STAGES)
 
