@@ -582,3 +582,57 @@ def test_rows_of_one_key_are_told(tmp_path: Path) -> None:
         assert result.returncode == 0, result.stderr
         assert "1 more were left out: another one has the same key and prompt" in result.stderr
     assert len(answers(out)) == 1
+
+
+def test_an_input_is_never_written_to(photos: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.jsonl"
+    table.write_text(json.dumps({"image": str(photos / "000.png")}) + "\n")
+    folder = tmp_path / "io"
+    folder.mkdir()
+    part = folder / "part-00000.jsonl"
+    part.write_text(table.read_text())
+    for given, output in (
+        (table, table),
+        (tmp_path / "*.jsonl", table),
+        (part, f"{folder}/"),
+    ):
+        for more in ((), ("--overwrite",)):
+            result = batch(given, "-p", QUESTION, "-o", output, *more)
+            assert result.returncode == 1
+            assert "is an input, and would be written to" in result.stderr
+    assert table.read_text() == part.read_text() != ""
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["io", part.name, table.name]
+
+
+def test_an_output_that_is_no_file(photos: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    (tmp_path / "full.jsonl").symlink_to("/dev/full")
+    for name in ("fifo.jsonl", "full.jsonl"):
+        result = batch(photos, "-p", QUESTION, "-o", tmp_path / name)
+        assert (result.returncode, "is no regular file" in result.stderr) == (1, True)
+
+
+def test_shards_of_parquet_are_a_data_set(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    command = (photos, "-p", QUESTION, "-n", 8, "-o", f"{out}/")
+    command += ("--format", "parquet", "--shard-rows", 4)
+    for _ in range(2):  # and when nothing is left to do
+        assert batch(*command).returncode == 0
+        assert pq.read_table(out).num_rows == 6
+    names = ["_run", "part-00000.parquet", "part-00001.parquet"]
+    assert sorted(path.name for path in out.iterdir()) == names
+
+
+def test_choices_are_checked_before_the_first_picture(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    result = batch(photos, "-p", QUESTION, "--choices", "yes,yes", "-o", out)
+    assert (result.returncode, out.exists()) == (1, False)
+    assert "two or more different words" in result.stderr
+
+
+def test_pictures_without_a_question_are_rows_with_an_error(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    assert batch(photos, "--prompt-column", "q", "-o", out).returncode == 3
+    errors = [row["error"]["message"] for row in read_rows(out)]
+    assert len(errors) == 6
+    assert all("has no question of its own" in message for message in errors)

@@ -321,7 +321,7 @@ class OmniVLM:
                 self._decoder.tokenize([prompts.Piece(spelling, special=False)])
                 for spelling in sorted(_spellings(name))
             ]
-            for name in _check_choices(choices)
+            for name in check_choices(choices)
         }
         longest = max(len(spelling) for choice in tokens.values() for spelling in choice)
         options = GenerateOptions(max_tokens=longest)
@@ -495,7 +495,8 @@ def _as_tuple(image: Images) -> tuple[ImageSource | ImageEmbedding, ...]:
     return tuple(image) if isinstance(image, list | tuple) else (image,)  # type: ignore[return-value]
 
 
-def _check_choices(choices: Sequence[str]) -> list[str]:
+def check_choices(choices: Sequence[str]) -> list[str]:
+    """Without white space around. Raises OptionError as `OmniVLM.prepare_choice`."""
     given = [] if isinstance(choices, str) else choices
     names = [choice.strip() for choice in given if isinstance(choice, str)]
     different = {name.lower() for name in names} - {""}

@@ -112,6 +112,13 @@ def check_inputs(inputs: Sequence[str]) -> None:
             _reader(text)
 
 
+def named_tables(inputs: Sequence[str]) -> Iterator[str]:
+    """The tables and lists that exist among the inputs, and those that patterns match."""
+    for text in inputs:
+        paths = [text] if os.path.lexists(text) else _expand(text) if glob.has_magic(text) else []
+        yield from (p for p in paths if p.lower().endswith((*_TABLES, *_LISTS)))
+
+
 def read_source(
     source: Path | Slice | bytes | npt.NDArray[np.uint8], key: str
 ) -> Path | bytes | npt.NDArray[np.uint8]:

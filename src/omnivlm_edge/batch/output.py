@@ -9,8 +9,8 @@ off, and does what is missing.
     OUT.parquet    written whole from OUT.parquet.jsonl, the journal, when a run ends
     OUT/           a directory: part-00000.jsonl, part-00001.jsonl, …, or each as .parquet once full
 
-Beside it stands OUT.run (in a directory: run): what was asked of which model. It is locked while a
-run writes.
+Beside it stands OUT.run (in a directory: _run, which readers of data sets pass over): what was
+asked of which model. It is locked while a run writes.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ class Output:
             self._format = suffix
         else:
             raise OptionError(f"{path}: an output's name ends with .jsonl, .parquet or /")
+        if not self._folder and self.path.exists() and not self.path.is_file():
+            raise OptionError(f"{path}: is no regular file; name another output")
         if self._format == "parquet":
             load_pyarrow()  # before any work
         self._shard_rows = shard_rows if self._folder else None
@@ -107,15 +109,18 @@ class Output:
                 self._next_shard()
 
     def finish(self) -> None:
-        """After the last row: it is on the disk, and the Parquet file is there."""
+        """After the last row, which is on the disk then: no journal is left beside Parquet."""
         assert self._journal is not None
         with _system_errors(self.path):
             self._journal.sync()
             if self._format == "parquet":
                 if not self._folder:
                     write_parquet([self._journal.path], self.path)
-                elif self._journal.n_rows:
-                    self._next_shard()
+                else:
+                    if self._journal.n_rows:
+                        self._next_shard()
+                    self._journal.close()
+                    self._journal.path.unlink()
 
     def close(self) -> None:
         """What was written stays, and the next run may go on. May be called again."""
@@ -138,7 +143,7 @@ class Output:
     def _prepare_places(self) -> Path:
         if self._folder:
             self.path.mkdir(parents=True, exist_ok=True)
-            return self.path / "run"
+            return self.path / "_run"
         return self.path.with_name(self.path.name + ".run")
 
     def _parts(self) -> list[Path]:
@@ -276,6 +281,15 @@ class Output:
     def _count(self, row: Row) -> None:
         self.n_rows += 1
         self.n_errors += bool(row.get("error"))
+
+
+def is_written(path: str, output: str) -> bool:
+    """Whether a run whose output is `output` would write to the file at `path`."""
+    own = [output, f"{output}.jsonl"]
+    if _PART.fullmatch(os.path.basename(path)):
+        own.append(os.path.join(output, os.path.basename(path)))
+    there = [each for each in own if os.path.exists(each)] if os.path.exists(path) else []
+    return any(os.path.samefile(each, path) for each in there)
 
 
 class Seen:

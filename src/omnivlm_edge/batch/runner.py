@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from ..engine import OmniVLM
@@ -24,7 +24,7 @@ from ..errors import (
     OptionError,
 )
 from ..generation import Generation
-from ..image import Pixels
+from ..image import Pixels, shorten
 from ..report import milliseconds, usage
 from ..scheduler import ENCODE_BATCH, Job, Scheduler, Update
 from ..sources import read_address
@@ -252,6 +252,9 @@ def pending(
 ) -> Generator[Work, None, None]:
     """What of the items is still to be done, by key and prompt; tells how many rows are not."""
     for item in items:
+        if not task.prompts and item.prompt is None and not item.problem:
+            problem = f"{shorten(item.key)}: has no question of its own, as rows of tables do"
+            item = replace(item, source=None, problem=problem)
         asked = task.prompts or (item.prompt or "",)
         prompts = tuple(prompt for prompt in asked if is_new(item.key, prompt))
         if len(prompts) < len(asked):

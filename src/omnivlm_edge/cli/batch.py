@@ -25,11 +25,12 @@ from .options import (
     engine_options,
     mmproj_option,
     model_argument,
+    no_hashes_option,
     note,
     offline_option,
     parallel_option,
     private_urls_option,
-    setting,
+    readers_option,
     yes_option,
 )
 
@@ -101,15 +102,11 @@ FAILED_ROWS = 3  # the exit code
 @mmproj_option
 @answer_options
 @parallel_option
-@setting(
-    "--readers",
-    type=click.IntRange(1, 64),
-    help="Threads that read and resize pictures.  [default: all cores, 4 at most]",
-)
+@readers_option
 @engine_options(
     None, "Positions that all running answers share.  [default: 256 and -n for each of them]"
 )
-@setting("--no-cache", is_flag=True, help="Keep no hashes of the model's files on disk.")
+@no_hashes_option
 @private_urls_option
 @offline_option
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
@@ -160,16 +157,22 @@ def batch(
     actors = _parse_actors(ray_actors)
     _check_address(ray_address)
 
-    from ..batch.inputs import Columns, check_inputs, read_inputs
-    from ..batch.output import Output
+    from ..batch.inputs import Columns, check_inputs, named_tables, read_inputs
+    from ..batch.output import Output, is_written
     from ..batch.runner import context_size, pending
     from ..batch.watch import watch_folder
+    from ..engine import check_choices
     from ..errors import OptionError
     from ..models import find_model
 
     options = wanted.options()
     columns = Columns(image_column, key_column, prompt_column)
     check_inputs(inputs)
+    for path in named_tables(inputs):
+        if is_written(path, output):
+            raise OptionError(f"{path}: is an input, and would be written to: name another output")
+    if wanted.choices:
+        check_choices(wanted.choices)
     files = find_model(
         model, mmproj, offline=offline, consent=consent(yes), make_vision=yes, notify=note
     )
@@ -208,7 +211,7 @@ def batch(
         handle_signals(stop if watch else None)
         if not watch:
             if "-" not in inputs:
-                progress.count(inputs, columns, max(1, len(prompts)))
+                progress.count(inputs, columns, max(1, len(task.prompts)))
             first = next(work, None)  # a finished run needs no model
             if first is None and not progress.n_skipped:
                 raise OptionError(f"{', '.join(inputs)}: nothing to ask about was found there")

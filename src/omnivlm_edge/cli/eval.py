@@ -20,9 +20,11 @@ from .options import (
     engine_options,
     mmproj_option,
     model_argument,
+    no_hashes_option,
     note,
     offline_option,
     parallel_option,
+    readers_option,
     setting,
     writing,
     yes_option,
@@ -65,15 +67,11 @@ PROMPT_POSITIONS = 512  # of a question with choices and a picture, and some mor
     help="Longest answer, in tokens.  [default: what suits the benchmark]",
 )
 @parallel_option
-@setting(
-    "--readers",
-    type=click.IntRange(1, 64),
-    help="Threads that read and resize pictures.  [default: all cores, 4 at most]",
-)
+@readers_option
 @engine_options(
     None, "Positions that all running answers share.  [default: 512 and -n for each of them]"
 )
-@setting("--no-cache", is_flag=True, help="Keep no hashes of the model's files on disk.")
+@no_hashes_option
 @offline_option
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 @yes_option

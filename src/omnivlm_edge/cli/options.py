@@ -80,6 +80,14 @@ parallel_option = setting(
     show_default=True,
     help="Answers generated at the same time.",
 )
+readers_option = setting(
+    "--readers",
+    type=click.IntRange(1, 64),
+    help="Threads that read and resize pictures.  [default: all cores, 4 at most]",
+)
+no_hashes_option = setting(
+    "--no-cache", is_flag=True, help="Keep no hashes of the model's files on disk."
+)
 private_urls_option = setting(
     "--allow-private-urls", is_flag=True, help="Fetch pictures from private addresses too."
 )
