@@ -698,8 +698,9 @@ def test_a_second_signal_ends_it_at_once() -> None:
     with Server("--preload", exit_code=130) as server, busy(server):
         server.process.send_signal(signal.SIGINT)
         wait_for(lambda: not accepts(server))
+        assert server.process.poll() is None  # an answer is being finished
         server.process.send_signal(signal.SIGINT)
-        server.wait()
+        assert server.wait() == 130
 
 
 def accepts(server: Server) -> bool:
@@ -830,8 +831,10 @@ def test_a_client_that_takes_nothing_counts_as_gone(
     monkeypatch.setattr(stream, "SEND_SECONDS", 0.1)
     with App(tiny_model) as app:
         body = json.dumps(question("x", max_tokens=400, stream=True)).encode()
-        asyncio.run(app.call("POST", CHAT, [body], stuck_after=3))
+        reply = asyncio.run(app.call("POST", CHAT, [body], stuck_after=3))
+        assert (reply.status, b"[DONE]" in reply.body) == (200, False)
         wait_for(lambda: app.scheduler.n_running == 0)
+        assert app.post(question("x")).status == 200
 
 
 def test_a_connection_without_a_request_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,20 +35,20 @@ from config import Config, Stage, TrainError, load_config
 FREE = {"workers", "steps", "log_every", "report_every", "save_every", "validation"}
 
 
-class Task(nn.Module):
+class Task(nn.Module, ABC):
     """A stage, as the loop sees it: an `nn.Module` whose call gives the loss of a batch."""
 
+    @abstractmethod
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and numbers for the log."""
-        raise NotImplementedError
 
+    @abstractmethod
     def validate(self) -> dict[str, float]:
         """Measures on validation pictures; called with the averaged weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def export(self, folder: Path) -> None:
         """Write the stage's result; called with the averaged weights."""
-        raise NotImplementedError
 
 
 class Stopped(SystemExit):
@@ -317,10 +318,11 @@ class Log:
         self.since = time.monotonic()
 
     def begin(self, done: int) -> None:
-        """Forget what an interrupted run wrote after its last checkpoint."""
+        """Forget what an interrupted run wrote after its last checkpoint, and half a line."""
         if self.writes and self.file.exists():
             lines = self.file.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= done]
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= done]
             fresh = self.file.with_suffix(".tmp")
             fresh.write_text("".join(kept))
             os.replace(fresh, self.file)
