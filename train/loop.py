@@ -16,13 +16,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -417,6 +418,7 @@ def stage_main(run: Any, description: str) -> None:
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()  # it reports each weight that a part has no use for
     transformers.logging.disable_progress_bar()
+    PartialState(timeout=timedelta(days=7))  # processes wait for what the first one does alone
     try:
         run(load_config(args.config), args.out)
     except TrainError as error:
