@@ -301,6 +301,8 @@ def test_asking_goes_on_after_the_last_whole_chunk(
 ) -> None:
     monkeypatch.setattr(stages.dpo, "CHUNK", 4)
     model = stages.model.load_checkpoint(done / "sft" / "model")
+    for out in ("whole", "parts"):
+        (tmp_path / out).mkdir()
     whole = stages.dpo.collect(model, micro, tmp_path / "whole")
     ask, asked = stages.dpo.ask, []
 

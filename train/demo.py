@@ -6,6 +6,8 @@ With `checkpoint`s in the configuration the towers' own stages fall away.
 
 from pathlib import Path
 
+from accelerate import PartialState
+
 import dpo
 import language
 import pretrain
@@ -43,7 +45,8 @@ def run(config: Config, out: Path) -> None:
     for stage in STAGES:
         print(f"{stage.__name__}: {stage.__doc__.splitlines()[0]}", flush=True)
         stage.run(config, out)
-    convert(config, out)
+    with PartialState().main_process_first():  # the others find the files
+        convert(config, out)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -92,7 +93,6 @@ def collect(model: OmniVLM, config: Config, folder: Path) -> list[Preference]:
     """All pairs; a run that was stopped goes on after the last whole chunk of pictures."""
     file, settings = folder / "pairs.jsonl", config.dpo
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         part = folder / "pairs.part.jsonl"
         scenes = Scenes(config, model.image_size, "train", stream=STREAM)
         lines = part.read_text().splitlines() if part.exists() else []
@@ -259,10 +259,14 @@ def descriptions(model: OmniVLM, config: Config) -> dict[str, float]:
 
 
 def remember(task: DpoTask, rows: PairRows, file: Path) -> None:
-    """Fill in the reference of all pairs, from the file if it is there."""
+    """Fill in the reference of all pairs, from the file if it is there.
+
+    It is computed as the training computes, so that rounding does not look like preference.
+    """
     if not file.exists():
         known = []
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=False):
+        accelerator = Accelerator(mixed_precision=task.config.precision)
+        with torch.no_grad(), accelerator.autocast():
             for start in tqdm(
                 range(0, len(rows.pairs), task.batch), desc="reference", disable=None
             ):
@@ -317,11 +321,13 @@ def run(config: Config, out: Path) -> None:
     def fresh_model() -> OmniVLM:
         return load_checkpoint(out / "sft" / "model", config.attention)
 
-    model = fresh_model()
-    pairs = read_pairs(Path(settings.json)) if settings.json else collect(model, config, folder)
+    process = PartialState()
+    model = fresh_model().to(process.device)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = PairRows(pairs, config, model)
-    remember(DpoTask(model, config, 0.0, None), rows, folder / "reference.pt")
+    with process.main_process_first():  # the others find the files
+        pairs = read_pairs(Path(settings.json)) if settings.json else collect(model, config, folder)
+        rows = PairRows(pairs, config, model)
+        remember(DpoTask(model, config, 0.0, None), rows, folder / "reference.pt")
     held = max(1, min(settings.validation, len(pairs) // 10))
     learnt, held_out = (
         PairRows(pairs[:-held], config, model),
@@ -342,11 +348,12 @@ def run(config: Config, out: Path) -> None:
             batches = Batches(learnt, settings.batch)
             train(task, batches, config, settled(rate, settings.grid_steps), trial)
         results[name] = json.loads((trial / "model").read_text())
-    before = None if settings.json else descriptions(model, config)
+    before = None if settings.json else descriptions(model.eval(), config)
     best = choose(results, before and before["recall"])
-    chosen = {"chosen": best, "before": before, "trials": results}
-    (folder / "grid.json").write_text(json.dumps(chosen, indent=2) + "\n")
-    print(f"dpo {json.dumps(chosen)}", flush=True)
+    if process.is_main_process:
+        chosen = {"chosen": best, "before": before, "trials": results}
+        (folder / "grid.json").write_text(json.dumps(chosen, indent=2) + "\n")
+        print(f"dpo {json.dumps(chosen)}", flush=True)
 
     beta, rate = next((beta, rate) for name, beta, rate in trials if name == best)
     torch.manual_seed(config.seed + 4)

@@ -17,13 +17,14 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -257,17 +258,20 @@ def train(
             bar.update()
             log.step(step + 1, pictures, bar)
             ended = step + 1 == settings.steps
+            if signals:
+                accelerator.set_trigger()
+            stopped = accelerator.check_trigger()  # in any process
             if (step + 1) % settings.report_every == 0 or ended:
                 if accelerator.is_main_process:
                     with log.paused(), average.in_place():
                         log.report(step + 1, validated(task))
                 accelerator.wait_for_everyone()
-            if signals or (step + 1) % settings.save_every == 0 or ended:
+            if stopped or (step + 1) % settings.save_every == 0 or ended:
                 with log.paused():
                     save(step + 1)
-            if signals and not ended:
+            if stopped and not ended:
                 print(f"stopped; {checkpoint.file} holds step {step + 1}", file=sys.stderr)
-                raise Stopped(128 + signals[0])
+                raise Stopped(128 + (signals or [signal.SIGTERM])[0])
     if accelerator.is_main_process:
         with average.in_place():
             task.export(folder / "model")
@@ -419,6 +423,10 @@ def stage_main(run: Any, description: str) -> None:
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()  # it reports each weight that a part has no use for
     transformers.logging.disable_progress_bar()
+    PartialState(
+        cpu=not torch.accelerator.is_available(),
+        timeout=timedelta(days=7),  # the processes wait for what the first one does alone
+    )
     try:
         run(load_config(args.config), args.out)
     except TrainError as error:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from accelerate import PartialState
 from tokenizers import (
     AddedToken,
     Regex,
@@ -104,12 +105,13 @@ def train_tokenizer(vocabulary: int, languages: tuple[str, ...]) -> Tokenizer:
 def get_tokenizer(config: Config, out: Path) -> Tokenizer:
     """The decoder checkpoint's, or that of `out`, which is trained at the first call."""
     folder = Path(config.text.checkpoint) if config.text.checkpoint else out / "tokenizer"
-    if not config.text.checkpoint and not folder.exists():
-        fresh = folder.with_name("tokenizer.tmp")
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        save_tokenizer(train_tokenizer(config.text.vocabulary, config.data.languages), fresh)
-        fresh.rename(folder)
+    with PartialState().main_process_first():  # the others find it
+        if not config.text.checkpoint and not folder.exists():
+            fresh = folder.with_name("tokenizer.tmp")
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            save_tokenizer(train_tokenizer(config.text.vocabulary, config.data.languages), fresh)
+            fresh.rename(folder)
     try:
         tokenizer = Tokenizer.from_file(str(folder / FILES[0]))
     except Exception as error:  # the library's own kind of error
