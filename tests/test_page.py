@@ -129,7 +129,7 @@ def sent_pictures(server: FakeOpenAI) -> list[tuple[str, bytes]]:
         for part in message["content"]
         if part["type"] == "image_url"
     ]
-    found = (re.fullmatch(r"data:([\w/+-]+);base64,(.*)", url) for url in urls)
+    found = (re.fullmatch(r"data:([\w/+-]+);name=[^;,]+;base64,(.*)", url) for url in urls)
     return [(match[1], base64.b64decode(match[2])) for match in found if match]
 
 
