@@ -32,12 +32,13 @@ from schemathesis.checks import positive_data_acceptance
 from uvicorn.server import ServerState
 
 from command import COMMAND
-from omnivlm_edge import GenerateOptions, OmniVLM, Turn
+from omnivlm_edge import GenerateOptions, ImageError, ModelFileError, OmniVLM, Turn
 from omnivlm_edge.models import find_model
 from omnivlm_edge.scheduler import Scheduler
 from omnivlm_edge.server import gate, process, stream
 from omnivlm_edge.server.app import Settings, create_app, describe_model
 from omnivlm_edge.server.gate import MAX_BODY, GateRules
+from omnivlm_edge.server.protocol import describe_error
 from serving import (
     CHAT,
     EXAMPLES,
@@ -553,9 +554,19 @@ def test_bad_input_is_refused(server: Server, name: str) -> None:
         assert message in reply.error["message"]
         assert reply.error["code"] == 400
         assert len(reply.body) < 1000
+        assert not re.search(r"\(-|pip install|/clear|its path", reply.error["message"])
     for line in server.lines:  # nothing else, such as llama.cpp's words, is written there
         assert line.startswith("Listening on") or json.loads(line)
     assert "secret" not in "".join(server.lines)
+
+
+def test_clients_are_told_facts_and_no_advice_for_the_command_line() -> None:
+    error = ImageError("cat.heic: is a HEIC picture", 'pip install "omnivlm-edge[heif]" adds it')
+    assert str(error) == 'cat.heic: is a HEIC picture: pip install "omnivlm-edge[heif]" adds it'
+    status, body, _ = describe_error(error)
+    assert (status, body["error"]["message"]) == (400, "cat.heic: is a HEIC picture")
+    status, body, _ = describe_error(ModelFileError("/home/me/model.gguf: is damaged"))
+    assert (status, "/home" in body["error"]["message"]) == (500, False)
 
 
 def test_deep_schemas_are_refused_or_followed(server: Server) -> None:
