@@ -54,6 +54,7 @@ class FakeOpenAI:
     )
     api_key: str | None = None
     loading: bool = False
+    loading_message: str = "Loading model"
     failure: tuple[int, str, str, dict[str, str]] | None = None  # status, message, type, headers
     breaks_with: str | None = None  # the message of an error after the answer's pieces
     endless: bool = False  # the last piece again and again, until the browser hangs up
@@ -109,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/health" and not state.loading:
             self._send_json(200, {"status": "ok"})
         elif self.path == "/health":
-            self._send_error(503, "Loading model", UNAVAILABLE)
+            self._send_error(503, state.loading_message, UNAVAILABLE)
         elif self.path == "/v1/models" and self._may_answer():
             model = {"id": "demo", "object": "model", "created": 0, "owned_by": "omnivlm-edge"}
             self._send_json(200, {"object": "list", "data": [model | {"meta": state.meta}]})
@@ -133,10 +134,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _may_answer(self) -> bool:
         state = self.server_state
-        if state.api_key and self.headers.get("Authorization") != f"Bearer {state.api_key}":
+        key = (state.api_key or "").encode().decode("latin-1")  # as Python reads headers
+        if key and self.headers.get("Authorization") != f"Bearer {key}":
             self._send_error(401, "Invalid API key.", "authentication_error")
         elif state.loading:
-            self._send_error(503, "Loading model", UNAVAILABLE)
+            self._send_error(503, state.loading_message, UNAVAILABLE)
         else:
             return True
         return False

@@ -160,7 +160,13 @@ class Server:
 
     def log(self) -> Iterator[dict[str, Any]]:
         """The access log so far."""
-        return (json.loads(line) for line in self.lines if line.startswith("{"))
+        found = (json.loads(line) for line in self.lines if line.startswith("{"))
+        return (line for line in found if "request_id" in line)
+
+    def said(self) -> list[str]:
+        """The other lines of its log, all of them JSON; not those from before it."""
+        found = (json.loads(line) for line in self.lines if line.startswith("{"))
+        return [line["message"] for line in found if "message" in line]
 
 
 def request(

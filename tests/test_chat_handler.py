@@ -470,18 +470,26 @@ def test_pictures_are_encoded_once(
     assert len(encoded) == 1
 
 
+def test_messages_in_any_order(demo: Llama) -> None:
+    whole = ask(demo, user("Describe the image", HORSES))
+    hello = {"role": "assistant", "content": "Hello!"}
+    nothing = {"role": "assistant", "content": None}
+    begun = {"role": "assistant", "content": whole[:9]}
+    messages = [user("", HORSES), nothing, user("Describe the image")]
+    assert ask(demo, *messages) == whole
+    assert whole[:9] + ask(demo, *messages, begun) == whole
+    assert ask(demo, hello, *messages)
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("messages", "error", "message"),
     [
-        ([], OptionError, "the last message must be the user's"),
-        ([{"role": "system", "content": "Hi"}], OptionError, "the last message must be"),
-        ([user("a"), {"role": "assistant", "content": "b"}], OptionError, "the last message"),
-        ([user("a"), user("b")], OptionError, r"messages\[1\] cannot be of the role 'user'"),
-        ([user("a"), {"role": "system", "content": "b"}], OptionError, "the role 'system'"),
-        ([{"role": "assistant", "content": "b"}], OptionError, "the role 'assistant'"),
+        ([], OptionError, "none of the user's"),
+        ([{"role": "system", "content": "Hi"}], OptionError, "none of the user's"),
+        ([{"role": "assistant", "content": "b"}], OptionError, "none of the user's"),
         ([{"role": "tool", "content": "b"}], OptionError, "the role 'tool'"),
         ([{"role": "user"}], OptionError, r"messages\[0\] must have a role and content"),
         (["What?"], OptionError, r"messages\[0\] must have a role and content"),

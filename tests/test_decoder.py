@@ -304,6 +304,11 @@ def test_repeat_penalty_changes_a_repetition(decoder: TextDecoder) -> None:
         ("top_p", 1.1),
         ("min_p", 1.0),
         ("repeat_penalty", 0.0),
+        ("frequency_penalty", 2.1),
+        ("presence_penalty", float("nan")),
+        ("logit_bias", ((1, 101),)),
+        ("logit_bias", ((-1, 1),)),
+        ("logit_bias", {1: 1}),
         ("seed", -1),
         ("seed", 2**32 - 1),
     ],
@@ -651,7 +656,20 @@ def test_a_grammar_admits_nothing_else(decoder: TextDecoder) -> None:
     ],
     ids=range(9),
 )
-def test_wrong_grammars(decoder: TextDecoder, grammar: str) -> None:
+def test_wrong_grammars(
+    decoder: TextDecoder, grammar: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(OptionError, match="the grammar cannot be used"):
         decoder.open(GenerateOptions(grammar=grammar))
     decoder.close_sequence(decoder.open(GREEDY))  # no sequence was lost
+    assert capfd.readouterr() == ("", "")  # llama.cpp prints what it refuses, and it is the user's
+
+
+def test_what_is_wrong_with_a_grammar_is_said(decoder: TextDecoder) -> None:
+    for grammar, reason in (
+        ("root ::= other", "Undefined rule identifier 'other'"),
+        ('root ::= "a" )' + "x" * 1000, "expecting newline or end at"),
+    ):
+        with pytest.raises(OptionError, match=reason) as caught:
+            decoder.check(GenerateOptions(grammar=grammar))
+        assert len(str(caught.value)) < 200

@@ -129,7 +129,7 @@ def sent_pictures(server: FakeOpenAI) -> list[tuple[str, bytes]]:
         for part in message["content"]
         if part["type"] == "image_url"
     ]
-    found = (re.fullmatch(r"data:([\w/+-]+);base64,(.*)", url) for url in urls)
+    found = (re.fullmatch(r"data:([\w/+-]+);name=[^;,]+;base64,(.*)", url) for url in urls)
     return [(match[1], base64.b64decode(match[2])) for match in found if match]
 
 
@@ -459,6 +459,30 @@ def test_the_key_is_asked_for(opened: Opened, page_server: FakeOpenAI) -> None:
     assert page.evaluate("sessionStorage.length + localStorage.length") == 0
 
 
+def test_keys_of_any_characters(opened: Opened, page_server: FakeOpenAI) -> None:
+    page_server.api_key = "schlüssel-ключ"
+    page = opened()
+    dialog = page.get_by_role("dialog")
+    for wrong in ("“sesame”", "clé", "клю\u007f", "🔑"):
+        dialog.get_by_label("API key").fill(wrong)
+        page.keyboard.press("Enter")
+        expect(dialog.get_by_role("alert")).to_have_text("That key was not accepted.")
+        expect(dialog.get_by_label("API key")).to_have_value("")
+    dialog.get_by_label("API key").fill(" schlüssel-ключ\t ")
+    page.keyboard.press("Enter")
+    expect(page.locator("#model")).to_have_text("demo")
+
+
+def test_a_model_that_is_missing(page: Page, page_server: FakeOpenAI) -> None:
+    page_server.loading, page_server.loading_message = True, "the model cannot be loaded"
+    ask(page, "What?")
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("The server says: the model cannot be loaded.")
+    page_server.loading = False
+    alert.get_by_role("button", name="Try again").click()
+    expect(last(page, ".after")).to_be_visible()
+
+
 def test_the_page_waits_while_the_model_loads(opened: Opened, page_server: FakeOpenAI) -> None:
     page_server.loading = True
     page = opened()
@@ -567,6 +591,31 @@ def test_a_phone(opened: Opened, page_server: FakeOpenAI) -> None:
     assert_fits(page)
 
 
+@pytest.mark.parametrize("size", [(320, 568), (360, 640), (390, 844)])
+def test_nothing_covers_anything_on_a_phone(opened: Opened, size: tuple[int, int]) -> None:
+    page = opened(**PHONE | {"viewport": {"width": size[0], "height": size[1]}})
+    expect(page.locator("#model")).to_have_text("demo")
+
+    def ends(selector: str) -> float:
+        box = page.locator(selector).last.bounding_box()
+        assert box is not None
+        return box["y"] + box["height"]
+
+    def begins(selector: str) -> float:
+        box = page.locator(selector).first.bounding_box()
+        assert box is not None
+        return box["y"]
+
+    assert ends("#welcome .photograph") <= begins("#ask")
+    add(page, HORSES)
+    assert ends("#first .whole") <= begins(".suggestions")
+    assert ends("#first .remove") <= begins(".suggestions")
+    remove = page.locator("#first .remove span")
+    assert remove.evaluate("(text) => text.getClientRects().length") == 1  # line
+    title = page.locator("#first figcaption b")
+    assert title.evaluate("(text) => text.getBoundingClientRect().height") < 45  # two at most
+
+
 def assert_fits(page: Page) -> None:
     """No scrolling to the side, and nothing to tap is smaller than a finger."""
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
@@ -618,6 +667,11 @@ def test_the_real_server_answers(browser: Browser) -> None:
         ask(page, "Is there an egg?")
         expect(page.locator(".after")).to_have_count(2)
         expect(last(page, ".answer")).to_contain_text("No")
+        page.get_by_role("button", name="New conversation").click()
+        file = {"name": "my cat.png", "mimeType": "image/png", "buffer": b"no picture"}
+        page.set_input_files("#file", [file])
+        ask(page, "Is there an egg?")
+        expect(page.get_by_role("alert")).to_contain_text("my cat.png: is not a picture of a kind")
         response = page.request.get(f"{server.url}/")
         assert response.headers["content-security-policy"] == POLICY  # as in the tests above
         opened.finish()

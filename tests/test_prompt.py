@@ -52,6 +52,16 @@ def test_templates(variant: str, text: str) -> None:
     assert whole(build_prompt(one("What?"), variant, header="")) == SYSTEM + text
 
 
+def test_greetings_and_answers_that_were_begun() -> None:
+    turns = [Turn("", (), "Hello!"), Turn("What?", (), "A d")]
+    assert whole(build_prompt(turns, "vlm-81-instruct")) == (
+        SYSTEM.removesuffix("<|im_start|>user\n")
+        + "<|im_start|>assistant\nHello!<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>"
+        + HEADER
+        + "A d"
+    )
+
+
 def test_several_pictures_and_turns() -> None:
     image = "<|vision_start|>|IMAGE|<|vision_end|>"
     turns = [

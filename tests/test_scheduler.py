@@ -475,14 +475,19 @@ def test_an_error_while_loading_is_told(fakes: Callable[..., Fakes]) -> None:
         fake.submit("a")
 
 
-def test_an_idle_model_is_freed_and_loaded_again(fakes: Callable[..., Fakes]) -> None:
+def test_an_idle_model_is_freed_and_loaded_again(
+    fakes: Callable[..., Fakes], caplog: pytest.LogCaptureFixture
+) -> None:
     fake = fakes(sleep_after=0.05)
     fake.scheduler.wait_until_loaded()
     assert fake.models[0].closed.wait(30)
     while not fake.scheduler.sleeping:
         time.sleep(0.01)
     fake.load_fails.append(ModelFileError("no such file"))
-    assert isinstance(fake.submit("a")[1].result(), ModelFileError)  # it was removed meanwhile
+    refused = fake.submit("a")[1].result()  # it was removed meanwhile
+    assert isinstance(refused, ClosedError)
+    assert "no such file" not in str(refused)
+    assert "no such file" in caplog.text
     assert fake.submit("b")[1].answer().text == "bbb"  # and put back
     assert len(fake.models) == 2
     assert fake.models[1].closed.wait(30)

@@ -13,6 +13,8 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.error
+import urllib.request
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,12 +32,13 @@ from schemathesis.checks import positive_data_acceptance
 from uvicorn.server import ServerState
 
 from command import COMMAND
-from omnivlm_edge import GenerateOptions, OmniVLM, Turn
+from omnivlm_edge import GenerateOptions, ImageError, ModelFileError, OmniVLM, Turn
 from omnivlm_edge.models import find_model
 from omnivlm_edge.scheduler import Scheduler
 from omnivlm_edge.server import gate, process, stream
 from omnivlm_edge.server.app import Settings, create_app, describe_model
 from omnivlm_edge.server.gate import MAX_BODY, GateRules
+from omnivlm_edge.server.protocol import describe_error
 from serving import (
     CHAT,
     EXAMPLES,
@@ -50,6 +53,7 @@ from serving import (
     user,
 )
 
+ENDS = ("597", "599")  # the demo's tokens that end an answer
 LONG = 150  # tokens: an answer that is still running when the test does something
 
 
@@ -316,6 +320,62 @@ def test_files_below_the_media_path(client: OpenAI) -> None:
             ask(client, user("Describe the image", url))
 
 
+def test_messages_in_any_order(client: OpenAI, engine_demo: OmniVLM) -> None:
+    options = GenerateOptions(max_tokens=24)
+
+    def system(text: str) -> dict[str, Any]:
+        return {"role": "system", "content": text}
+
+    def said(text: str | None) -> dict[str, Any]:
+        return {"role": "assistant", "content": text}
+
+    picture = (EXAMPLES / "horses.png",)
+    want = engine_demo.answer(list(picture), "Describe the image", options)
+    assert text_of(ask(client, user("", HORSES), user("Describe the image"))) == want.text
+    messages = [said("Hello!"), user("Describe the image", HORSES), said(None), said("")]
+    assert text_of(ask(client, *messages)) == want.text
+    want = engine_demo.answer(list(picture), "How many?\n\nHorses.", options, system="A\n\nB")
+    messages = [system("A"), user("How many?", HORSES), system("B"), user("Horses.")]
+    assert text_of(ask(client, *messages)) == want.text
+
+
+def test_an_answer_that_was_begun_is_continued(client: OpenAI) -> None:
+    message = user("Describe the image", HORSES)
+    whole = text_of(ask(client, message))
+    begun = " ".join(whole.split()[:3])
+    for continued in (
+        text_of(ask(client, message, {"role": "assistant", "content": begun})),
+        "".join(
+            chunk.choices[0].delta.content or ""
+            for chunk in ask(client, message, {"role": "assistant", "content": begun}, stream=True)
+        ),
+    ):
+        assert continued.startswith(" ")
+        assert begun + continued == whole
+
+
+def test_no_more_tokens_than_fit(client: OpenAI, engine_demo: OmniVLM) -> None:
+    message = user("Tell me a story.")
+    usual = ask(client, message)
+    for more in (10**9, -1):
+        assert text_of(ask(client, message, max_tokens=more)) == text_of(usual)
+    full = ask(client, message, max_tokens=-1, logit_bias={token: -100 for token in ENDS})
+    assert full.choices[0].finish_reason == "length"
+    n_ctx = client.models.list().data[0].model_extra["meta"]["n_ctx"]
+    assert full.usage.total_tokens == n_ctx
+
+
+def test_penalties_and_biases(client: OpenAI) -> None:
+    message = user("Describe the image", HORSES)
+    ducks = ask(client, message, logit_bias={"507": 100}, max_tokens=5)
+    assert text_of(ducks) == " ".join(["ducks"] * 5)
+    on_and_on = {"logit_bias": {token: -100 for token in ENDS}, "max_tokens": 100}
+    usual = text_of(ask(client, message, **on_and_on))
+    for penalty in ("frequency_penalty", "presence_penalty"):
+        assert text_of(ask(client, message, **on_and_on, **{penalty: 2})) != usual
+        assert text_of(ask(client, message, **on_and_on, **{penalty: 0})) == usual
+
+
 # --- the original runtime's clients ---------------------------------------------------------------
 
 
@@ -360,8 +420,8 @@ def schema(value: Any) -> dict[str, Any]:
 BAD: dict[str, tuple[Any, str, str]] = {
     "nothing": (b"", "invalid_request_error", "the body"),
     "not JSON": (b"{", "invalid_request_error", "the body is not JSON"),
-    "not UTF-8": (b'{"messages": "\xff"}', "invalid_request_error", "the body"),
-    "too deep": (b"[" * 100_000, "invalid_request_error", "the body"),
+    "not UTF-8": (b'{"messages": "\xff"}', "invalid_request_error", "the body is not JSON"),
+    "too deep": (b"[" * 100_000, "invalid_request_error", "the body is not JSON"),
     "a list": (b"[]", "invalid_request_error", "the body"),
     "no messages": ({}, "invalid_request_error", "messages: Field required"),
     "empty messages": ({"messages": []}, "invalid_request_error", "messages: "),
@@ -383,10 +443,15 @@ BAD: dict[str, tuple[Any, str, str]] = {
         "invalid_request_error",
         "messages.0.role: ",
     ),
-    "roles out of order": (
-        {"messages": [user("x"), user("y")]},
+    "nothing of the user's": (
+        {"messages": [{"role": "assistant", "content": "x"}]},
         "invalid_request_error",
-        "messages[1] cannot be of the role 'user'",
+        "messages hold none of the user's",
+    ),
+    "a user's null": (
+        {"messages": [{"role": "user", "content": None}]},
+        "invalid_request_error",
+        "messages[0] has content of the type 'NoneType'",
     ),
     "no question": ({"messages": [user("", HORSES)]}, "invalid_request_error", "has no text"),
     "half a character": (question("\ud800"), "invalid_request_error", "UTF-8"),
@@ -395,23 +460,57 @@ BAD: dict[str, tuple[Any, str, str]] = {
         "invalid_request_error",
         "no address",
     ),
-    "tools": (question("x", tools=[{}]), "invalid_request_error", "tools cannot be used"),
+    "tools": (
+        question("x", tools=[{}]),
+        "invalid_request_error",
+        "tools are not supported by this",
+    ),
+    "a bias of no token": (
+        question("x", logit_bias={"a": 1}),
+        "invalid_request_error",
+        "logit_bias names 'a': it must be a token's id",
+    ),
+    "a bias of a token there is not": (
+        question("x", logit_bias={"999999": 1}),
+        "invalid_request_error",
+        "logit_bias names the token 999999",
+    ),
+    "a large bias": (question("x", logit_bias={"1": 101}), "invalid_request_error", "logit_bias.1"),
+    "a large penalty": (
+        question("x", frequency_penalty=2.1),
+        "invalid_request_error",
+        "frequency_penalty: ",
+    ),
+    "no tokens": (question("x", max_tokens=0), "invalid_request_error", "max_tokens is 0"),
     "17 stops": (question("x", stop=["a"] * 17), "invalid_request_error", "stop"),
     "an empty stop": (question("x", stop=[""]), "invalid_request_error", "stop"),
     "logprobs without": (question("x", top_logprobs=2), "invalid_request_error", "logprobs"),
     "a long prompt": (question("x" * 10_000), "exceed_context_size_error", "do not fit"),
-    "a long answer": (question("x", max_tokens=10**9), "exceed_context_size_error", "do not fit"),
     "too many pictures": (
         question("x", *["data:,x"] * 600),
         "exceed_context_size_error",
         "600 pictures do not fit",
     ),
     "broken base64": (question("x", PNG + "%%%"), "invalid_request_error", "data URI is damaged"),
-    "no picture": (question("x", PNG + "aGFsbG8="), "invalid_request_error", "data:image/png"),
+    "no picture": (
+        question("x", HORSES, PNG + "aGFsbG8="),
+        "invalid_request_error",
+        "picture 2: is not a picture of a kind that can be read here, such as JPEG",
+    ),
+    "no picture, with a name": (
+        question("x", "data:image/png;name=my%20cat.png;base64,aGFsbG8="),
+        "invalid_request_error",
+        "my cat.png: is not a picture",
+    ),
+    "an empty address": (question("x", ""), "invalid_request_error", "1: its address is empty"),
     "half a picture": (question("x", HORSES[: len(HORSES) // 8 * 4]), "invalid_request_error", ""),
     "a bomb": (question("x", bomb()), "invalid_request_error", "pixels"),
     "an address": (question("x", "http://127.0.0.1/"), "invalid_request_error", "--allow-urls"),
-    "a path": (question("x", "/etc/passwd"), "invalid_request_error", "no address of a picture"),
+    "a path": (
+        question("x", "/etc/passwd"),
+        "invalid_request_error",
+        "'/etc/passwd' is no address",
+    ),
     "no schema": (
         question("x", response_format={"type": "json_schema"}),
         "invalid_request_error",
@@ -419,6 +518,11 @@ BAD: dict[str, tuple[Any, str, str]] = {
     ),
     "no such schema": (schema({"$ref": "#/none"}), "invalid_request_error", "JSON schema"),
     "a schema of nothing": (schema({"enum": []}), "invalid_request_error", "grammar"),
+    "a schema of nothing, and a stream": (
+        schema({"properties": {"secret": {"enum": []}}}) | {"stream": True},
+        "invalid_request_error",
+        "grammar",
+    ),
     "a large schema": (schema({"enum": ["x" * 70_000]}), "invalid_request_error", "64 KiB"),
     "a large grammar": (schema({"enum": ["x" * 40_000]}), "invalid_request_error", "simpler"),
     # llama.cpp would be busy with these for minutes, and everybody would wait.
@@ -450,6 +554,19 @@ def test_bad_input_is_refused(server: Server, name: str) -> None:
         assert message in reply.error["message"]
         assert reply.error["code"] == 400
         assert len(reply.body) < 1000
+        assert not re.search(r"\(-|pip install|/clear|its path", reply.error["message"])
+    for line in server.lines:  # nothing else, such as llama.cpp's words, is written there
+        assert line.startswith("Listening on") or json.loads(line)
+    assert "secret" not in "".join(server.lines)
+
+
+def test_clients_are_told_facts_and_no_advice_for_the_command_line() -> None:
+    error = ImageError("cat.heic: is a HEIC picture", 'pip install "omnivlm-edge[heif]" adds it')
+    assert str(error) == 'cat.heic: is a HEIC picture: pip install "omnivlm-edge[heif]" adds it'
+    status, body, _ = describe_error(error)
+    assert (status, body["error"]["message"]) == (400, "cat.heic: is a HEIC picture")
+    status, body, _ = describe_error(ModelFileError("/home/me/model.gguf: is damaged"))
+    assert (status, "/home" in body["error"]["message"]) == (500, False)
 
 
 def test_deep_schemas_are_refused_or_followed(server: Server) -> None:
@@ -479,18 +596,40 @@ def test_errors_have_openais_shape_everywhere(server: Server) -> None:
 
 def test_only_json_is_understood(server: Server) -> None:
     """A page of another origin can send other kinds without being asked for its own."""
-    for kind in ("text/plain", "multipart/form-data", "application/x-www-form-urlencoded", ""):
-        reply = server.post(question("x"), Content_Type=kind)
-        assert (reply.status, reply.error["type"]) == (415, "invalid_request_error")
-    kind = "Application/JSON; charset=utf-8"
-    assert server.post(question("x"), Content_Type=kind).status == 200
+    lax = ("text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "")
+    page: dict[str, str]
+    for page in (
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Referer": "http://evil.example/page"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ):
+        for kind in lax:
+            reply = server.post(question("x"), Content_Type=kind, **page)
+            assert (reply.status, reply.error["type"]) == (415, "invalid_request_error")
+    assert server.post(question("x"), Content_Type="multipart/form-data").status == 415
+    for kind in (*lax, "Application/JSON; charset=utf-8"):
+        assert server.post(question("x"), Content_Type=kind).status == 200
+    body = json.dumps(question("x")).encode()
+    with server.connect() as connection:
+        connection.sendall(raw_post(body).replace(b"Content-Type: application/json\r\n", b""))
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
 def test_no_page_can_reach_it_by_another_name(server: Server) -> None:
     for host in ("evil.example", f"evil.example:{server.port}", "127.0.0.1.evil.example", ""):
         for reply in (server.get("/v1/models", Host=host), server.post(question("x"), Host=host)):
             assert (reply.status, reply.error["type"]) == (403, "permission_error")
-    for host in ("localhost", f"LOCALHOST:{server.port}", "[::1]", f"[::1]:{server.port}"):
+    assert "'evil.example'" in server.get("/v1/models", Host="evil.example").error["message"]
+    assert "--allowed-host" in server.get("/v1/models", Host="evil.example").error["message"]
+    for host in (
+        "localhost",
+        "localhost.",
+        f"omnivlm.localhost:{server.port}",
+        f"LOCALHOST:{server.port}",
+        "[::1]",
+        f"[::1]:{server.port}",
+    ):
         assert server.get("/v1/models", Host=host).status == 200
     reply = server.request("OPTIONS", CHAT, headers={"Origin": "http://evil.example"})
     assert reply.status == 405
@@ -504,6 +643,7 @@ def test_a_client_that_goes_frees_its_place(server: Server) -> None:
     with busy(server, 4):
         wait_for(lambda: server.metric("requests_processing") == 4)
     wait_for(lambda: idle(server))  # its clients have hung up; the answers had many tokens to go
+    wait_for(lambda: sum(entry["status"] == 499 for entry in server.log()) >= 4)
     body = json.dumps(question("x", max_tokens=LONG, **ENDLESS)).encode()
     with server.connect() as connection:  # one that waits for a whole answer
         connection.sendall(raw_post(body))
@@ -517,7 +657,7 @@ def test_half_a_body_disturbs_nobody(server: Server) -> None:
         half.sendall(raw_post(b'{"messages": [', 1000))
         head.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: local")
         assert server.post(question("Who are you?")).status == 200
-    wait_for(lambda: any(entry["status"] == 0 for entry in server.log()))
+    wait_for(lambda: any(entry["status"] == 499 for entry in server.log()))
 
 
 def test_bytes_that_are_no_request(server: Server) -> None:
@@ -559,6 +699,17 @@ def test_a_client_that_asks_before_it_sends(server: Server) -> None:
         assert connection.recv(65536).startswith(b"HTTP/1.1 100 ")
         connection.sendall(body)
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_client_that_closes_sees_the_413(server: Server) -> None:
+    """Python's urllib: `Connection: close`, and it listens when it has sent all."""
+    body = urllib.request.Request(
+        server.url + CHAT, b"x" * (50 * 2**20), {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(body, timeout=60)
+    assert caught.value.code == 413
+    assert "32 MiB" in json.loads(caught.value.read())["error"]["message"]
 
 
 def test_openais_client_sees_the_413(client: OpenAI) -> None:
@@ -607,6 +758,14 @@ def test_metrics(server: Server) -> None:
     assert "stranger" not in server.get("/metrics").body.decode()
 
 
+def test_heads_are_answered(server: Server) -> None:
+    for path in ("/health", "/", "/v1/models"):
+        reply = server.request("HEAD", path)
+        assert (reply.status, reply.body) == (200, b"")
+        assert int(reply.headers["content-length"]) == len(server.get(path).body)
+    assert server.request("HEAD", CHAT).status == 405
+
+
 def test_the_documentation_needs_no_other_host(server: Server) -> None:
     page = server.get("/docs").body.decode()
     assert "https://" not in page.replace("https://github.com", "")
@@ -637,6 +796,10 @@ def test_an_api_key(tmp_path: Path) -> None:
         right = "Bearer sésame".encode().decode("latin-1")
         assert server.post(question("x"), Authorization=right).status == 200
         assert "same" not in "".join(server.lines)
+        described = server.get("/openapi.json").json
+        assert described["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+        assert described["paths"][CHAT]["post"]["security"] == [{"HTTPBearer": []}]
+        assert "security" not in described["paths"]["/health"]["get"]
 
 
 @pytest.mark.parametrize("key", ["", "two words", " key"])
@@ -646,6 +809,39 @@ def test_a_key_that_is_none_is_refused(key: str) -> None:
     )
     assert result.returncode == 2
     assert "must not be empty" in result.stderr
+
+
+def test_names_of_this_machine() -> None:
+    options = ["--allowed-host", "Box.example.", "--cors-origin", "HTTP://a.example:80/"]
+    with Server(*options, "--preload", OMNIVLM_ALLOWED_HOST="ignored.example") as server:
+        assert not [line for line in server.lines if "Warning" in line]
+        origin = {"Origin": "http://a.example"}
+        for host in ("box.example", f"BOX.example:{server.port}", "localhost"):
+            reply = server.get("/v1/models", Host=host, **origin)
+            assert reply.status == 200
+            assert reply.headers["access-control-allow-origin"] == "http://a.example"
+        assert server.get("/v1/models", Host="a.example").status == 403
+    with Server("--host", "0.0.0.0", OMNIVLM_ALLOWED_HOST="a.example b.example") as server:
+        assert "--api-key" in server.lines[0]
+        wait_for(lambda: server.get("/health").status == 200)
+        assert server.get("/health", Host="b.example").status == 200
+        assert server.get("/health", Host="c.example").status == 403
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--cors-origin", "a.example", "is no origin such as http://a.example:3000"),
+        ("--cors-origin", "http://a.example/page", "is no origin"),
+        ("--allowed-host", "http://a.example", "is no name such as a.example"),
+        ("--allowed-host", "a.example:80", "is no name"),
+    ],
+)
+def test_origins_and_hosts_that_are_none(option: str, value: str, message: str) -> None:
+    command = [*COMMAND, "serve", "demo", option, value]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert message in result.stderr
 
 
 def test_two_servers_on_one_port(server: Server) -> None:
@@ -687,6 +883,9 @@ def test_sigterm_under_load_finishes_what_runs() -> None:
             assert "data: [DONE]" in text
         assert '"unavailable_error"' in texts[0]
         assert server.wait() == 0
+        loaded, finishing = server.said()
+        assert loaded.startswith("the model is loaded (")
+        assert finishing == "finishing 2 answers; Ctrl-C or SIGTERM again to stop at once"
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -726,10 +925,14 @@ def test_sleeping_waking_and_a_model_that_was_removed(tmp_path: Path) -> None:
         assert b"data: [DONE]" in rest
         wait_for(lambda: server.metric("sleeping") == 1)
         assert server.get("/health").status == 200
-        gone = server.post(question("Describe the image", HORSES))
-        assert (gone.status, gone.error["type"]) == (500, "server_error")
-        assert server.get("/health").status == 200
+        for stream in (False, True):
+            gone = server.post(question("Describe the image", HORSES, stream=stream))
+            assert (gone.status, gone.error["type"]) == (503, "unavailable_error")
+            assert str(tmp_path) not in gone.error["message"]
+        wait_for(lambda: sum(str(tmp_path) in line for line in server.said()) == 2)
+        assert "cannot be loaded" in server.get("/health").error["message"]
         shutil.move(tmp_path / "elsewhere", model)
+        wait_for(lambda: server.get("/health").status == 200)  # it tries again by itself
         again = server.post(question("Describe the image", HORSES))
         assert again.json["choices"] == want.json["choices"]
 
@@ -938,7 +1141,7 @@ def test_mistakes_of_ours_are_500_and_stay_in_the_log(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with App(tiny_model) as app:
-        monkeypatch.setattr(OmniVLM, "prepare", lambda *_: 1 / 0)
+        monkeypatch.setattr(OmniVLM, "prepare", lambda *_, **__: 1 / 0)
         reply = app.post(question("x"))
         assert (reply.status, reply.error["type"]) == (500, "server_error")
         monkeypatch.undo()
@@ -956,7 +1159,7 @@ def test_mistakes_of_ours_are_500_and_stay_in_the_log(
 
 @pytest.fixture(scope="module")
 def api(tiny_model: Path) -> Iterator[Any]:
-    with App(tiny_model, seconds=1.0) as app:
+    with App(tiny_model, seconds=60.0) as app:
         yield schemathesis.openapi.from_asgi("/openapi.json", app.app)
 
 

@@ -24,7 +24,7 @@ from .encoder import PictureEncoder
 from .errors import BusyError, ContextOverflowError, OptionError
 from .openai_messages import read_conversation, response_grammar
 from .sources import read_address
-from .values import DEFAULT_MAX_TOKENS
+from .values import DEFAULT_MAX_TOKENS, Turn
 
 # llama-cpp-python goes on past max_tokens until a character of up to four tokens is complete.
 _SPARE = 3
@@ -105,7 +105,8 @@ class OmniVLMChatHandler:
         if grammar is not None:
             # llama-cpp-python would hand on one that llama.cpp refuses as a null pointer.
             llama_cpp.llama_sampler_free(new_grammar(grammar._grammar, llama._model.vocab))
-        ids, pictures = self._tokenize(llama, messages)
+        system, turns = read_conversation(messages)
+        ids, pictures = self._tokenize(llama, system, turns)
         room = llama.n_ctx() - len(ids) - _SPARE
         wanted = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
         settings = {
@@ -115,22 +116,23 @@ class OmniVLMChatHandler:
             "grammar": grammar,
             "logprobs": top_logprobs if logprobs else None,
         }
-        completions = self._complete(llama, ids, pictures, settings)
+        continued = turns[-1].answer is not None
+        completions = self._complete(llama, ids, pictures, settings, continued)
         if stream:
             return _convert_completion_to_chat(completions, stream=True)
         (completion,) = completions
         return _convert_completion_to_chat(completion)
 
     def _tokenize(
-        self, llama: llama_cpp.Llama, messages: Sequence[Mapping[str, Any]]
+        self, llama: llama_cpp.Llama, system: str | None, turns: Sequence[Turn]
     ) -> tuple[Tokens, list[tuple[int, Embeddings]]]:
         """A conversation's token ids, and its encoded pictures with the position of each."""
         hparams = self._encoder.hparams
         self._encoder.check_text_model(
             llama.model_path, llama_cpp.llama_model_n_embd_inp(llama.model)
         )
-        system, turns = read_conversation(messages)
-        if prompts.takes_questions(self._variant) and not all(turn.question for turn in turns):
+        asked = [turn for turn in turns if turn.images or turn.answer is None]
+        if prompts.takes_questions(self._variant) and not all(turn.question for turn in asked):
             raise OptionError("a user's message has no text: ask a question about the picture")
         parts = [
             None if part == prompts.IMAGE else tokenize(llama._model.vocab, part, add_bos=i == 0)
@@ -161,6 +163,7 @@ class OmniVLMChatHandler:
         ids: Tokens,
         pictures: Sequence[tuple[int, Embeddings]],
         settings: Mapping[str, Any],
+        continued: bool,
     ) -> Iterator[Any]:
         """The text completion as one object, or in chunks."""
         if not self._answering.acquire(blocking=False):
@@ -169,7 +172,7 @@ class OmniVLMChatHandler:
             _prefill(llama, ids, pictures)
             completion: Any = llama.create_completion(prompt=list(ids), **settings)
             chunks = completion if settings["stream"] else [completion]
-            yield from _without_header(llama, len(ids), chunks)
+            yield from chunks if continued else _without_header(llama, len(ids), chunks)
         finally:
             self._answering.release()
 

@@ -7,11 +7,14 @@ that begins as another one, open or closed, shares what that one left in the con
 from __future__ import annotations
 
 import codecs
+import contextlib
 import ctypes
 import functools
 import hashlib
 import itertools
 import os
+import re
+import sys
 import threading
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
@@ -55,6 +58,7 @@ _MIN_BATCH, _MAX_BATCH = 256, 2048  # positions handed to llama.cpp at once
 _CPU_BATCH = 256
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ in llama.cpp
 _MAX_GRAMMAR_DEPTH, _MAX_GRAMMAR_RULES = 200, 5000
+_MAX_REASON = 100  # characters of what llama.cpp says of a grammar
 _ALL_LAYERS = 999  # more than any model has
 _FORCED_BATCH = 32  # tokens whose logits are kept at once: 0.6 MB each for 151,936 of them
 _REPEAT_WINDOW = 64  # tokens that repeat_penalty looks back on; llama.cpp's default
@@ -75,7 +79,7 @@ class TokenSequence:
         self.n_cached = 0
         self.last_token = -1
         self.at_end = False
-        self._greedy = options.temperature == 0 and options.repeat_penalty == 1
+        self._greedy = options.temperature == 0 and not _changes_logits(options)
         self._sampler = sampler
         self._grammar = grammar
         self._output_index = -1
@@ -177,8 +181,20 @@ class TextDecoder:
             grammar = None
             if options.grammar is not None:
                 grammar = new_grammar(options.grammar, self._vocab)
-            sampler = _new_sampler(options, self._n_vocab)
+            sampler = _new_sampler(options, self._n_vocab, self.n_ctx)
             return TokenSequence(self._free_ids.pop(0), options, sampler, grammar)
+
+    def check(self, options: GenerateOptions) -> None:
+        """Raises OptionError when `open` could not use the grammar, or a token is none."""
+        with self._lock:
+            self._open_context()
+            if options.grammar is not None:
+                llama_cpp.llama_sampler_free(new_grammar(options.grammar, self._vocab))
+        for token, _ in options.logit_bias:
+            if token >= self._n_vocab:
+                raise OptionError(
+                    f"logit_bias names the token {token}: the model has {self._n_vocab}"
+                )
 
     def close_sequence(self, sequence: TokenSequence) -> None:
         """Gives a sequence back; harmless after `close`. Its positions stay for the next one."""
@@ -672,15 +688,26 @@ def _check_decode(status: int) -> None:
         raise DeviceError(f"llama.cpp failed while it computed the answer (status {status})")
 
 
-def _new_sampler(options: GenerateOptions, n_vocab: int) -> Any:
+def _changes_logits(options: GenerateOptions) -> bool:
+    penalties = options.frequency_penalty or options.presence_penalty
+    return bool(options.repeat_penalty != 1 or penalties or options.logit_bias)
+
+
+def _new_sampler(options: GenerateOptions, n_vocab: int, n_ctx: int) -> Any:
     chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
 
     def add(sampler: Any) -> None:
         llama_cpp.llama_sampler_chain_add(chain, sampler)
 
+    if options.logit_bias:
+        biases = (llama_cpp.llama_logit_bias * len(options.logit_bias))(*options.logit_bias)
+        add(llama_cpp.llama_sampler_init_logit_bias(n_vocab, len(biases), biases))
     if options.repeat_penalty != 1.0:
         penalty = options.repeat_penalty
         add(llama_cpp.llama_sampler_init_penalties(n_vocab, _REPEAT_WINDOW, penalty, 0.0, 0.0))
+    frequency, presence = options.frequency_penalty, options.presence_penalty
+    if frequency or presence:  # of the whole answer, as OpenAI's
+        add(llama_cpp.llama_sampler_init_penalties(n_vocab, n_ctx, 1.0, frequency, presence))
     if options.temperature == 0:
         add(llama_cpp.llama_sampler_init_greedy())
         return chain
@@ -702,11 +729,44 @@ def new_grammar(grammar: str, vocab: Any) -> Any:
     sampler = None
     reason = _grammar_problem(grammar)
     if not reason:
-        sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
-        reason = take_log_error().strip() or "it must define root"
+        with _kept_from_stderr() as written:
+            sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
+        reason = take_log_error().strip()
+        told = re.search(r"error parsing grammar: (.*)", written[0])
+        reason = told[1][:_MAX_REASON] if told else reason or "it must define root"
     if not sampler:
         raise OptionError(f"the grammar cannot be used ({reason})")
     return sampler
+
+
+_stderr_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _kept_from_stderr() -> Iterator[list[str]]:
+    """What C code prints to its `stderr` meanwhile goes into the list, at the end.
+
+    llama.cpp's grammar parser knows no log: it prints a grammar that it refuses, whose words are
+    the user's. The file descriptor, which Python writes to, stays as it is.
+    """
+    libc = ctypes.CDLL(None)
+    written: list[str] = []
+    if not (sys.platform == "darwin" or hasattr(libc, "gnu_get_libc_version")):
+        yield [""]  # elsewhere it cannot be assigned
+        return
+    libc.open_memstream.restype = ctypes.c_void_p
+    text, size = ctypes.c_void_p(), ctypes.c_size_t()
+    with _stderr_lock:
+        stream = libc.open_memstream(ctypes.byref(text), ctypes.byref(size))
+        stderr = ctypes.c_void_p.in_dll(libc, "__stderrp" if sys.platform == "darwin" else "stderr")
+        usual, stderr.value = stderr.value, stream
+        try:
+            yield written
+        finally:
+            stderr.value = usual
+            libc.fclose(ctypes.c_void_p(stream))
+            written.append(ctypes.string_at(text, size.value).decode(errors="replace"))
+            libc.free(text)
 
 
 def _grammar_problem(grammar: str) -> str:

@@ -261,8 +261,12 @@ class OmniVLM:
         turns: Sequence[Turn],
         options: GenerateOptions | None = None,
         system: str | None = None,
+        *,
+        cut: bool = False,
     ) -> Generation:
         """The answer to the last turn of a conversation, before any work.
+
+        With `cut`, more `max_tokens` than the context has room for are as many as it has.
 
         Raises OptionError, ContextOverflowError, ClosedError.
         """
@@ -272,7 +276,7 @@ class OmniVLM:
         advice = "lower max_tokens (-n)"
         if len(turns) > 1:
             advice = "start the conversation over (/clear)"
-        return self._prepare(turns, options, system, advice)
+        return self._prepare(turns, options, system, advice, cut=cut)
 
     def prefill_steps(self, generation: Generation, most: int | None = None) -> Iterator[None]:
         """Puts the prompt of an answer, whose pictures are encoded, into the context.
@@ -418,33 +422,42 @@ class OmniVLM:
         return parts
 
     def _prepare(
-        self, turns: Sequence[Turn], options: GenerateOptions, system: str | None, advice: str
+        self,
+        turns: Sequence[Turn],
+        options: GenerateOptions,
+        system: str | None,
+        advice: str,
+        *,
+        cut: bool = False,
     ) -> Generation:
+        self._decoder.check(options)
         parts = self._tokenize(turns, system)
         n_prompt = sum(map(self._count, parts))
-        room, wanted = self.n_ctx - n_prompt, options.max_tokens or 1
+        room, wanted = self.n_ctx - n_prompt, 1 if cut else options.max_tokens or 1
         if room < wanted:
-            raise ContextOverflowError(self._overflow(room, wanted, advice))
+            raise self._overflow(room, wanted, advice)
         return Generation(
             self._decoder,
             parts,
             options,
             n_prompt=n_prompt,
-            max_tokens=options.max_tokens or min(DEFAULT_MAX_TOKENS, room),
+            max_tokens=min(options.max_tokens or DEFAULT_MAX_TOKENS, room),
             load_seconds=self.load_seconds,
+            continued=turns[-1].answer is not None,
         )
 
     def _count(self, part: PromptPart) -> int:
         return self.image_tokens if isinstance(part, PictureSlot) else len(part)
 
-    def _overflow(self, room: int, wanted: int, advice: str) -> str:
+    def _overflow(self, room: int, wanted: int, advice: str) -> ContextOverflowError:
         n_ctx = self.n_ctx
         last = " or raise n_ctx (-c)"
         if n_ctx >= self._decoder.n_ctx_train:
             last = "; the model was trained for no more positions"
-        return (
+        return ContextOverflowError(
             f"the prompt ({n_ctx - room} positions) and an answer of {wanted} or more do not fit "
-            f"into the context of {n_ctx}: shorten the prompt, {advice}{last}"
+            f"into the context of {n_ctx}",
+            f"shorten the prompt, {advice}{last}",
         )
 
     def _run(self, generation: Generation) -> Generator[str, None, Answer]:

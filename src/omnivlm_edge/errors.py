@@ -16,7 +16,19 @@ OmniVLMError
 
 
 class OmniVLMError(Exception):
-    """Base of every error of this package; its text is one sentence for the user."""
+    """Base of every error of this package; its text is one sentence for the user.
+
+    `fact` is the part of it that is true for everybody, `advice` what can be done about it at the
+    command line and in Python, if `fact` does not say so.
+    """
+
+    def __init__(self, fact: str = "", advice: str = "") -> None:
+        super().__init__(fact, advice)
+        self.fact = fact
+        self.advice = advice
+
+    def __str__(self) -> str:
+        return f"{self.fact}: {self.advice}" if self.advice else self.fact
 
 
 class ModelFileError(OmniVLMError):

@@ -34,7 +34,8 @@ class Generation:
 
     First its `waiting` pictures are `put`, then `OmniVLM.prefill_steps` taken; then `sample` and
     `OmniVLM.decode` take turns until it is `finished`, and its `answer` complete. `n_prompt` counts
-    the prompt's positions, `n_positions` those that prompt and answer together may take.
+    the prompt's positions, `n_positions` those that prompt and answer together may take. An answer
+    is `continued` whose beginning is in the prompt.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Generation:
         n_prompt: int,
         max_tokens: int,
         load_seconds: float,
+        continued: bool = False,
     ) -> None:
         self.started = time.perf_counter()
         self.options = options
@@ -64,7 +66,7 @@ class Generation:
         self._tokens: list[int] = []
         self._decode_seconds = self._first_token_seconds = 0.0
         self._finish_reason: FinishReason = "length"
-        self._header = _HeaderFilter(decoder.special_token("<|im_start|>"))
+        self._header = _HeaderFilter(decoder.special_token("<|im_start|>"), continued)
         self._stop = _StopFilter(options.stop)
         #: Names to be scored, each with the tokens of its spellings; see `OmniVLM.score`.
         self.choices: dict[str, list[Tokens]] = {}
@@ -211,10 +213,10 @@ class _HeaderFilter:
 
     _HEADER = "assistant\n"
 
-    def __init__(self, im_start: int) -> None:
+    def __init__(self, im_start: int, answering: bool = False) -> None:
         self._im_start = im_start
         self._held: str | None = None  # text since <|im_start|> that may be the header
-        self._answering = False
+        self._answering = answering
 
     def feed(self, token: int, text: str) -> str:
         if self._answering:

@@ -31,6 +31,8 @@ _HEIF_BRANDS = frozenset(
 # No others of Pillow's: some hand strangers' bytes to outside programs (EPS: Ghostscript).
 _FORMATS = "JPEG MPO PNG WEBP GIF BMP DIB TIFF PPM ICO AVIF HEIF".split()
 
+_READABLE = "JPEG, PNG, WebP, GIF, BMP and TIFF"
+
 _READINGS = 3  # of a file that changes meanwhile
 
 _warnings_lock = threading.Lock()  # the filters that catch_warnings restores are the process's
@@ -116,9 +118,12 @@ def load_image(
     except UnidentifiedImageError as exc:
         if not readable:
             raise ImageError(
-                f'{name}: is a HEIC or AVIF picture; to read it, pip install "omnivlm-edge[heif]"'
+                f"{name}: is a HEIC or AVIF picture, which cannot be read here; {_READABLE} can",
+                'pip install "omnivlm-edge[heif]" adds it',
             ) from exc
-        raise ImageError(f"{name}: is not a picture of a kind that can be read here") from exc
+        raise ImageError(
+            f"{name}: is not a picture of a kind that can be read here, such as {_READABLE}"
+        ) from exc
     except MemoryError as exc:
         raise ImageError(f"{name}: does not fit into memory; shrink it") from exc
     except Exception as exc:  # Pillow's decoders raise whatever damaged data leads them to

@@ -15,30 +15,44 @@ from .values import Turn
 
 
 def read_conversation(messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[Turn]]:
-    """OpenAI messages -> the system text, and turns whose pictures are addresses."""
-    system = None
+    """OpenAI messages -> the system text, and turns whose pictures are addresses.
+
+    Of one role, neighbours are joined by an empty line, and system messages wherever they are. An
+    assistant's message at the beginning is a turn without a question; one at the end is the
+    beginning of the answer; an empty one (`content` null, too) is left out.
+    """
+    system: list[str] = []
     turns: list[Turn] = []
     for i, message in enumerate(messages):
         match message:
-            case {"role": str(role), "content": content}:
+            case {"role": "assistant", "content": None}:
+                continue
+            case {"role": "system" | "user" | "assistant" as role, "content": content}:
                 text, urls = _read_content(f"messages[{i}]", role, content)
+            case {"role": str(role), "content": _}:
+                raise OptionError(
+                    f"messages[{i}] cannot be of the role '{role}': it must be system, user or "
+                    "assistant, and have content"
+                )
             case _:
                 raise OptionError(f"messages[{i}] must have a role and content")
-        waiting = bool(turns) and turns[-1].answer is None
-        if role == "system" and i == 0:
-            system = text
-        elif role == "user" and not waiting:
+        last = turns[-1] if turns else None
+        if role == "system":
+            system.append(text)
+        elif role == "user" and last is not None and last.answer is None:
+            turns[-1] = Turn(_join(last.question, text), last.images + urls)
+        elif role == "user":
             turns.append(Turn(text, urls))
-        elif role == "assistant" and waiting:
-            turns[-1] = replace(turns[-1], answer=text)
-        else:
-            raise OptionError(
-                f"messages[{i}] cannot be of the role '{role}': a system message may come first, "
-                "then user and assistant take turns"
-            )
-    if not turns or turns[-1].answer is not None:
-        raise OptionError("the last message must be the user's")
-    return system, turns
+        elif text:
+            last = last or Turn("")
+            turns[-1:] = [replace(last, answer=_join(last.answer or "", text))]
+    if not any(message["role"] == "user" for message in messages):
+        raise OptionError("messages hold none of the user's: ask a question")
+    return _join(*system) or None, turns
+
+
+def _join(*texts: str) -> str:
+    return "\n\n".join(text for text in texts if text)
 
 
 def _read_content(where: str, role: str, content: object) -> tuple[str, tuple[str, ...]]:

@@ -69,7 +69,7 @@ def takes_questions(variant: str) -> bool:
 def build_prompt(
     turns: Sequence[Turn], variant: str, system: str | None = None, header: str = ANSWER_HEADER
 ) -> list[Part]:
-    """The prompt of a conversation whose last turn is still to be answered.
+    """The prompt of a conversation whose last turn is still to be answered, or answered further.
 
     Every picture is one `IMAGE`, in the order of the turns; answers known as token ids stay such.
     The OCR variant has no room for a question and ignores it.
@@ -79,12 +79,17 @@ def build_prompt(
     if not takes_questions(variant) and (len(turns) != 1 or len(turns[0].images) != 1):
         raise OptionError("the OCR model reads exactly one picture at a time; ask about each alone")
     parts = _fill("<|im_start|>system\n{system}<|im_end|>\n", system=[_text(system or SYSTEM)])
-    for turn in turns:
-        template = VARIANTS[variant] if turn.images else _TEXT_ONLY
-        images = _fill(_IMAGE) * len(turn.images)
-        parts += _fill(template + header, images=images, question=[_text(turn.question)])
+    for i, turn in enumerate(turns, 1):
+        if not turn.question and not turn.images and turn.answer is not None:  # a greeting
+            parts += _fill(header.removeprefix("\n"))
+        else:
+            template = VARIANTS[variant] if turn.images else _TEXT_ONLY
+            images = _fill(_IMAGE) * len(turn.images)
+            parts += _fill(template + header, images=images, question=[_text(turn.question)])
         if turn.answer is not None:
-            parts += [turn.tokens or _text(turn.answer), *_fill("<|im_end|>\n")]
+            parts.append(turn.tokens or _text(turn.answer))
+            if i < len(turns):
+                parts += _fill("<|im_end|>\n")
     return [part for part in parts if part and part != _text("")]
 
 

@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 
 # Pictures encoded together when no running answer is held up by it.
 ENCODE_BATCH = 4
+_RELOAD_SECONDS = 5  # between attempts to load a model that was there before
 # Positions prefilled between two decoding steps: about half an encode.
 _PREFILL_STEP = 256
 
@@ -105,6 +106,7 @@ class Scheduler:
         self._sleep_after = sleep_after
         self._model: OmniVLM | None = None
         self._failure: Exception | None = None
+        self._missing = False
         self._loaded = threading.Event()
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
@@ -125,6 +127,11 @@ class Scheduler:
     def sleeping(self) -> bool:
         """Whether the model was freed because nobody asked for it."""
         return self._loaded.is_set() and self._model is None
+
+    @property
+    def missing(self) -> bool:
+        """Whether the model, freed before, could not be loaded again; attempts go on."""
+        return self._missing
 
     def wait_until_loaded(self) -> None:
         """Raises what `load` raised, if it did."""
@@ -179,8 +186,10 @@ class Scheduler:
                 self._refuse_waiting(ClosedError("the model is being closed"))
             while not self._changed.wait_for(
                 lambda: self._waiting or self._running or self._closing,
-                self._sleep_after if self._model else None,
+                _RELOAD_SECONDS if self._missing else self._sleep_after if self._model else None,
             ):
+                if self._missing:
+                    return True
                 self._free_model()
             return bool(self._waiting or self._running)
 
@@ -189,8 +198,12 @@ class Scheduler:
             if self._model is None:
                 self._model = self._load()
         except OmniVLMError as error:
-            self._refuse_waiting(error)
+            if self._waiting or not self._missing:
+                _log.error("the model cannot be loaded: %s", error)
+            self._missing = True
+            self._refuse_waiting(ClosedError("the model cannot be loaded: the log says why"))
             return
+        self._missing = False
         self._drop_abandoned()
         self._prepare_new(self._model)
         self._admit(self._model)

@@ -104,21 +104,23 @@ def read_address(address: str, *, allow_private: bool = False) -> Picture:
     return load_image(fetch_url(address, allow_private=allow_private), shorten(address))
 
 
-def decode_data_uri(uri: str) -> bytes:
+def decode_data_uri(uri: str, name: str | None = None) -> bytes:
     """The content of a `data:` URI (RFC 2397), base64 or percent-encoded.
 
-    Raises ImageError when it is damaged or holds more than MAX_BYTES.
+    `name` is what messages call it, if not by its beginning. Raises ImageError when it is damaged
+    or holds more than MAX_BYTES.
     """
     header, comma, body = uri.partition(",")
+    name = name or _data_name(uri)
     if not comma:
-        raise ImageError(f"{_data_name(uri)}: the data URI is damaged: it has no comma")
+        raise ImageError(f"{name}: the data URI is damaged: it has no comma")
     try:
         data = unquote_to_bytes(body)
         if header.lower().endswith(";base64"):
             data = base64.b64decode(b"".join(data.split()), validate=True)
     except ValueError as exc:
-        raise ImageError(f"{_data_name(uri)}: the data URI is damaged ({exc})") from exc
-    return _limited(data, _data_name(uri))
+        raise ImageError(f"{name}: the data URI is damaged ({exc})") from exc
+    return _limited(data, name)
 
 
 def fetch_url(
@@ -214,8 +216,9 @@ def _connect(
     for address in addresses:
         if not (allow_private or _is_public(address[4][0])):
             raise ImageError(
-                f"{name}: leads to the private address {address[4][0]}, which is fetched from only "
-                "if you allow it (--allow-private-urls)"
+                f"{name}: leads to the private address {address[4][0]}, from which nothing is "
+                "fetched",
+                "--allow-private-urls allows it",
             )
     sock = _open_socket(addresses, deadline)
     if not secure:
@@ -302,9 +305,8 @@ def _limited(data: bytes, name: str) -> bytes:
 
 
 def _too_large(name: str) -> ImageError:
-    return ImageError(
-        f"{name}: is larger than {MAX_BYTES >> 20} MiB; shrink it, or save it and give its path"
-    )
+    fact = f"{name}: is larger than {MAX_BYTES >> 20} MiB"
+    return ImageError(fact, "shrink it, or save it and give its path")
 
 
 def _is_data_uri(text: str) -> bool:

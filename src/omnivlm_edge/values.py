@@ -16,6 +16,7 @@ from .errors import OptionError
 DEFAULT_MAX_TOKENS = 512  # or what the context has room for
 DEFAULT_N_CTX = 2048  # positions
 MAX_STOPS = 16
+MAX_BIAS = 100  # as in OpenAI's interface
 MAX_LOGPROBS = 20  # as in OpenAI's interface
 MAX_SEED = 2**32 - 2  # one less than llama.cpp's seeds: its largest means "random"
 
@@ -75,8 +76,9 @@ class Turn:
     """A question, the pictures that came with it, and its answer.
 
     A picture is an ImageEmbedding, or anything that `OmniVLM.encode` takes. The last turn of a
-    conversation has no answer yet. `tokens`, where they are known, are what the answer was sampled
-    as: text alone may be tokenised in another way, and then be computed anew.
+    conversation has no answer yet, or its beginning, which is continued; one that is answered
+    without question and pictures is a greeting. `tokens`, where they are known, are what the answer
+    was sampled as: text alone may be tokenised in another way, and then be computed anew.
     """
 
     question: str
@@ -90,11 +92,13 @@ class GenerateOptions:
     """How an answer is sampled. The defaults are greedy, as the original.
 
     `max_tokens` None means 512, or what the context has room for. `temperature` 0 is greedy and
-    makes every other sampling field but `repeat_penalty` and `grammar` idle; `top_k` 0, `top_p` 1,
-    `min_p` 0 and `repeat_penalty` 1 switch the respective filter off; `seed` None draws a fresh
-    one. `grammar` (llama.cpp's GBNF; `json_schema_grammar` makes one) admits only answers that it
-    describes. An answer ends before the first of the `stop` strings. With `top_logprobs` the
-    answer's `logprobs` are kept, each with so many of the likeliest tokens.
+    makes every other sampling field idle but the penalties, `logit_bias` and `grammar`; `top_k` 0,
+    `top_p` 1, `min_p` 0, `repeat_penalty` 1 and the other penalties 0 switch the respective filter
+    off; `seed` None draws a fresh one. `frequency_penalty` and `presence_penalty` (from -2 to 2)
+    are OpenAI's; `logit_bias` is added to the logits of some tokens: (id, from -100 to 100), and
+    each id once. `grammar` (llama.cpp's GBNF; `json_schema_grammar` makes one) admits only answers
+    that it describes. An answer ends before the first of the `stop` strings. With `top_logprobs`
+    the answer's `logprobs` are kept, each with so many of the likeliest tokens.
 
     Raises OptionError for a value of a wrong type or out of its range.
     """
@@ -105,6 +109,9 @@ class GenerateOptions:
     top_p: float = 0.95
     min_p: float = 0.05
     repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     grammar: str | None = None
     stop: tuple[str, ...] = ()
@@ -119,6 +126,9 @@ class GenerateOptions:
             ("top_p", _number(lambda p: 0 < p <= 1), "a number above 0 and at most 1"),
             ("min_p", _number(lambda p: 0 <= p < 1), "a number from 0 and below 1"),
             ("repeat_penalty", _number(lambda r: 0 < r < math.inf), "a number above 0"),
+            ("frequency_penalty", _number(lambda p: -2 <= p <= 2), "a number from -2 to 2"),
+            ("presence_penalty", _number(lambda p: -2 <= p <= 2), "a number from -2 to 2"),
+            ("logit_bias", _is_bias, f"pairs of a token and up to {MAX_BIAS}, in a tuple"),
             ("seed", _optional(_whole(0, MAX_SEED)), seeds),
             ("grammar", _optional(lambda value: isinstance(value, str)), "a text"),
             ("stop", _is_stop, f"at most {MAX_STOPS} texts, none empty, in a tuple"),
@@ -142,6 +152,14 @@ def _number(within: _Check) -> _Check:
 
 def _optional(check: _Check) -> _Check:
     return lambda value: value is None or check(value)
+
+
+def _is_bias(value: Any) -> bool:
+    token, bias = _whole(0, 2**31 - 1), _number(lambda b: -MAX_BIAS <= b <= MAX_BIAS)
+    return isinstance(value, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and token(pair[0]) and bias(pair[1])
+        for pair in value
+    )
 
 
 def _is_stop(value: Any) -> bool:

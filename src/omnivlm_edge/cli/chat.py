@@ -160,7 +160,7 @@ class ChatLoop:
         options = {
             field.name: getattr(self._options, field.name)
             for field in fields(self._options)
-            if field.name != "grammar"
+            if field.name not in ("grammar", "logit_bias")
         }
         return {"system": self._chat.system, "history": self._chat.history, **options}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,6 @@ from .options import (
 if TYPE_CHECKING:
     from ..engine import OmniVLM
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # A question about a picture and an answer of 512 tokens; the default for each of --parallel.
 _ANSWER_POSITIONS = 640
 
@@ -34,6 +34,38 @@ def _check_key(_: click.Context, parameter: click.Parameter, key: str | None) ->
     if key is not None and (not key or key != "".join(key.split())):
         raise click.BadParameter("it must not be empty nor have spaces in it", param=parameter)
     return key
+
+
+def _read_origins(
+    _: click.Context, parameter: click.Parameter, given: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Origins as browsers write them."""
+    origins = []
+    for text in given:
+        found = re.fullmatch(r"([\w+.-]+)://([\w.-]+|\[[\da-f:.]+\])(:\d+)?/?", text.lower())
+        if found:
+            scheme, host, port = found[1], found[2], found[3] or ""
+            default = {"http": ":80", "https": ":443"}.get(scheme)
+            origins.append(f"{scheme}://{host}{'' if port == default else port}")
+        elif text == "*":
+            origins.append(text)
+        else:
+            raise click.BadParameter(
+                f"'{text}' is no origin such as http://a.example:3000", param=parameter
+            )
+    return tuple(origins)
+
+
+def _read_hosts(
+    _: click.Context, parameter: click.Parameter, given: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Names as the Host header has them, without the port."""
+    for text in given:
+        if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:.]+\]", text):
+            raise click.BadParameter(
+                f"'{text}' is no name such as a.example, without a port", param=parameter
+            )
+    return tuple(text.lower().removesuffix(".") for text in given)
 
 
 @click.command()
@@ -75,7 +107,18 @@ def _check_key(_: click.Context, parameter: click.Parameter, key: str | None) ->
     help="Read pictures with file:// addresses below this directory.",
 )
 @setting(
-    "--cors-origin", "origins", multiple=True, help="Let pages of this origin ask. May be repeated."
+    "--cors-origin",
+    "origins",
+    multiple=True,
+    callback=_read_origins,
+    help="Let pages of this origin ask. May be repeated.",
+)
+@setting(
+    "--allowed-host",
+    "hosts",
+    multiple=True,
+    callback=_read_hosts,
+    help="A name that leads here, such as a proxy's. May be repeated.",
 )
 @setting("--log-content", is_flag=True, help="Write questions and answers into the log, too.")
 @offline_option
@@ -96,6 +139,7 @@ def serve(
     allow_urls: bool,
     media_path: Path | None,
     origins: tuple[str, ...],
+    hosts: tuple[str, ...],
     log_content: bool,
     offline: bool,
     yes: bool,
@@ -106,7 +150,7 @@ def serve(
     """
     try:
         from ..server.app import Settings
-        from ..server.gate import GateRules
+        from ..server.gate import GateRules, is_local
         from ..server.pictures import PictureRules
         from ..server.process import serve as serve_model
     except ModuleNotFoundError as exc:
@@ -131,13 +175,16 @@ def serve(
             **settings,
         )
 
+    local = is_local(host) or host.startswith("127.")
+    if not local and api_key is None:
+        note("Warning: whoever can reach this machine may ask; --api-key lets only some")
     rules = Settings(
         name=Path(model).name,
         n_parallel=parallel,
         seconds=request_timeout,
         gate=GateRules(
             api_key=api_key,
-            hosts=(*LOOPBACK, "[::1]") if host in LOOPBACK else (),
+            hosts=(*hosts, host.lower()) if hosts or local else None,
             max_requests=parallel + queue,
         ),
         pictures=PictureRules(allow_urls=allow_urls, media_path=media_path),

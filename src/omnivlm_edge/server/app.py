@@ -14,10 +14,11 @@ from importlib.resources import files
 from typing import Any
 
 import anyio
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
@@ -37,7 +38,7 @@ from ..values import Answer, Turn
 from .forms import read_form
 from .gate import Gate, GateRules, RequestLog
 from .metrics import Metrics
-from .pictures import PictureRules, decode, read_bytes
+from .pictures import PictureRules, decode, name_of, read_bytes
 from .protocol import (
     ChatRequest,
     ErrorResponse,
@@ -99,6 +100,9 @@ def create_app(
         version=version("omnivlm-edge"),
         description="Questions about pictures, answered on this machine.",
     )
+    # The gate checks the key; this tells the documentation's readers, and its button, of it.
+    bearer = HTTPBearer(auto_error=False, description="The key of --api-key.")
+    with_key = [Security(bearer)] if settings.gate.api_key is not None else []
     metrics = Metrics(
         lambda: scheduler.n_running, lambda: scheduler.n_waiting, lambda: scheduler.sleeping
     )
@@ -119,7 +123,9 @@ def create_app(
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
         kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
-        body = error_object(str(error.detail), kind, error.status_code)
+        # 400: FastAPI's word for a body that is not UTF-8, or nested too deeply.
+        message = _NOT_JSON if error.status_code == 400 else str(error.detail)
+        body = error_object(message, kind, error.status_code)
         return JSONResponse(body, error.status_code, error.headers)
 
     @app.exception_handler(ClientGoneError)
@@ -132,12 +138,13 @@ def create_app(
 
     @app.get("/health", responses=_errors(503), summary="Whether the model is there")
     async def health() -> Health:
-        service.meta()
+        service.check()
         return Health()
 
     @app.get(
         "/metrics",
         responses={**_errors(401), 200: {"content": {"text/plain": {}}}},
+        dependencies=with_key,
         summary="Prometheus' text format",
         response_class=Response,
     )
@@ -147,11 +154,21 @@ def create_app(
     def entry() -> ModelEntry:
         return ModelEntry(id=settings.name, created=created, meta=service.meta())
 
-    @app.get("/v1/models", responses=_errors(401, 503), summary="The one model that is served")
+    @app.get(
+        "/v1/models",
+        responses=_errors(401, 503),
+        dependencies=with_key,
+        summary="The one model that is served",
+    )
     async def models() -> ModelList:
         return ModelList(data=[entry()])
 
-    @app.get("/v1/models/{name:path}", responses=_errors(401, 404, 503), summary="A model")
+    @app.get(
+        "/v1/models/{name:path}",
+        responses=_errors(401, 404, 503),
+        dependencies=with_key,
+        summary="A model",
+    )
     async def model(name: str) -> ModelEntry:
         if name != settings.name:
             raise HTTPException(404, f"there is no model {name!r} here: it is {settings.name!r}")
@@ -162,6 +179,7 @@ def create_app(
     @app.post(
         "/v1/chat/completions",
         responses={**chat_errors, 200: {"content": _CHAT_CONTENT}},
+        dependencies=with_key,
         summary="An answer, whole or as it comes",
     )
     async def chat(request: Request, body: ChatRequest) -> Response:
@@ -170,6 +188,7 @@ def create_app(
     @app.post(
         "/v1/omnivlm/chat/completions",
         responses={**chat_errors, 200: {"content": _CHAT_CONTENT}},
+        dependencies=with_key,
         summary="The same for clients of the original runtime",
     )
     async def original(request: Request, body: OriginalRequest) -> Response:
@@ -187,6 +206,7 @@ def create_app(
     return app
 
 
+_NOT_JSON = "the body is not JSON"
 _CHAT_CONTENT: dict[str, Any] = {
     "application/json": {"schema": {"type": "object"}},
     "text/event-stream": {"schema": {"type": "string"}},
@@ -204,7 +224,7 @@ def _describe_invalid(error: RequestValidationError) -> tuple[str, str | None]:
     # Of a value that may be of several types the error that was found the furthest inside counts.
     worst = max(error.errors(), key=lambda found: len(found["loc"]))
     if worst["type"] == "json_invalid":
-        return "the body is not JSON", None
+        return _NOT_JSON, None
     fields = [str(part) for part in worst["loc"][1:]]
     where = ".".join(part for part in fields if part not in ("str", "text") and "[" not in part)
     return f"{where or 'the body'}: {worst['msg']}", where or None
@@ -245,6 +265,12 @@ class _Service:
         if facts is None:
             raise ClosedError("Loading model")
         return facts
+
+    def check(self) -> None:
+        """Raises ClosedError while there is no model, or it cannot be loaded again."""
+        self.meta()
+        if self._scheduler.missing:
+            raise ClosedError("the model cannot be loaded: the log says why")
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         """OpenAI's endpoint."""
@@ -302,7 +328,7 @@ class _Service:
         answers = Answers(request)
 
         def make(choice: int, model: OmniVLM) -> Generation:
-            return model.prepare(turns, options[choice], system)
+            return model.prepare(turns, options[choice], system, cut=True)
 
         jobs = [
             Job(functools.partial(make, choice), answers.listener(choice), deadline)
@@ -327,7 +353,7 @@ class _Service:
             raise OptionError("the last message has no text: ask a question")
         if meta.single_turn or not meta.takes_questions:  # the last question, the latest pictures
             images = next((turn.images for turn in reversed(turns) if turn.images), ())
-            turns = [Turn(turns[-1].question, images)]
+            turns = [replace(turns[-1], images=images)]
         return system, turns
 
     async def _with_pictures(
@@ -340,20 +366,23 @@ class _Service:
                 f"{n_pictures} pictures do not fit into the context of {meta.n_ctx} positions"
             )
         read: list[Turn] = []
+        number = 0
         for turn in turns:
             images = []
             for address in turn.images:
                 if time.monotonic() > deadline:
                     raise DeadlineError("the pictures were not read in the time that there was")
-                images.append(await self._read(address, meta))
+                number += 1
+                images.append(await self._read(address, name_of(address, number), meta))
             read.append(replace(turn, images=tuple(images)))
         return read
 
-    async def _read(self, address: str, meta: ModelMeta) -> Pixels:
+    async def _read(self, address: str, name: str, meta: ModelMeta) -> Pixels:
         """A picture as the model sees it; made here, so that the model's thread need not."""
-        content = await anyio.to_thread.run_sync(read_bytes, address, self._settings.pictures)
+        rules = self._settings.pictures
+        content = await anyio.to_thread.run_sync(read_bytes, address, rules, name)
         async with self._decoders:
-            return await anyio.to_thread.run_sync(decode, content, address, meta.image_size)
+            return await anyio.to_thread.run_sync(decode, content, name, meta.image_size)
 
     async def _collect(
         self, request: Request, answers: Answers, jobs: Sequence[Job]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -17,13 +18,20 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..image import shorten
 from .metrics import Metrics
 from .protocol import error_object
 
 MAX_BODY = 32 * 2**20  # bytes: a picture of 20 MiB in base64, and the rest
 BODY_SECONDS = 30
+_DROPPED, _DROP_SECONDS = 64 * 2**20, 2  # of a body that is refused: bytes, and time for them
+_UNNAMED_JSON = ("", "text/plain", "application/x-www-form-urlencoded")
+# Headers with which a browser says what page a request comes from.
+_OF_BROWSERS = ("origin", "referer", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")
 #: What anybody may see, with an API key too.
 OPEN_PATHS = re.compile(r"/|/health|/docs|/openapi\.json|/static-offline-docs/.*")
+LOCAL_NAMES = ("127.0.0.1", "localhost", "::1", "[::1]")
+_CLIENT_GONE = 499  # nginx's number for a client that hangs up
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}")
 
 _log = logging.getLogger(__name__)
@@ -34,12 +42,12 @@ access_log = logging.getLogger("omnivlm_edge.access")
 class GateRules:
     """Who may ask and how much at a time.
 
-    `hosts` are the names that the Host header may have, none for any: a page of another name that
-    leads to this machine (DNS rebinding) is refused.
+    `hosts` are the names that the Host header may have beside those of every machine for itself,
+    None for any: a page of another name that leads to this machine (DNS rebinding) is refused.
     """
 
     api_key: str | None = None
-    hosts: Sequence[str] = ()
+    hosts: Sequence[str] | None = None
     max_requests: int = 64
 
 
@@ -53,8 +61,8 @@ class RequestLog:
 class Gate:
     """ASGI middleware; a POST reaches the application with its whole body, or not at all.
 
-    What is refused is answered before its body is read; uvicorn then reads the rest and drops it,
-    so that a client which sends first and listens later sees the answer, too.
+    What is refused is answered before its body is read, and the rest of it is dropped, so that a
+    client which sends first and listens later sees the answer, too.
     """
 
     def __init__(self, app: ASGIApp, rules: GateRules, metrics: Metrics) -> None:
@@ -68,6 +76,9 @@ class Gate:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
+        method = scope["method"]
+        if method == "HEAD":  # uvicorn sends no body
+            scope = {**scope, "method": "GET"}
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         log = RequestLog()
@@ -92,6 +103,7 @@ class Gate:
         finally:
             # The route's, so that strangers cannot make any number of them.
             route = getattr(scope.get("route"), "path", "other")
+            status = log.fields.pop("status", status or _CLIENT_GONE)
             self._metrics.count_request(route, status)
             access_log.info(
                 json.dumps(
@@ -99,9 +111,9 @@ class Gate:
                         "time": round(time.time(), 3),
                         "request_id": request_id,
                         "client": (scope.get("client") or ("",))[0],
-                        "method": scope["method"],
+                        "method": method,
                         "path": scope["path"],
-                        "status": status,  # 0: the client went before there was any
+                        "status": status,
                         "ms": round(1000 * (time.perf_counter() - started), 1),
                         **log.fields,
                     }
@@ -112,19 +124,19 @@ class Gate:
         """Answers what is refused; hands the rest on."""
         headers = Headers(scope=scope)
         host = headers.get("host", "").lower()
-        name = host.rpartition(":")[0] or host
-        if self._rules.hosts and name not in self._rules.hosts and host not in self._rules.hosts:
-            refusal = _refusal(
-                403, "permission_error", "the Host header does not name this machine"
+        if not self._names_us(host):
+            message = (
+                f"the Host header names '{shorten(host)}', which is not known as this machine: "
+                "start the server with --allowed-host for it"
             )
+            refusal = _refusal(403, "permission_error", message)
         elif not self._permitted(scope["path"], headers):
             refusal = _refusal(401, "authentication_error", "the API key is missing or wrong")
             refusal.headers["www-authenticate"] = "Bearer"
         elif scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        elif not _is_json(headers):
-            # A page of another origin could send any other kind without being asked first (CORS).
+        elif not _may_be_json(headers):
             message = "the body must be JSON, with Content-Type: application/json"
             refusal = _refusal(415, "invalid_request_error", message)
         elif int(headers.get("content-length", "0")) > MAX_BODY:
@@ -140,7 +152,13 @@ class Gate:
             finally:
                 self._posts -= 1
             return
-        await refusal(scope, receive, send)
+        await _refuse(refusal, scope, receive, send)
+
+    def _names_us(self, host: str) -> bool:
+        if self._rules.hosts is None:
+            return True
+        name = re.sub(r":\d*$", "", host).removesuffix(".")
+        return is_local(name) or name in self._rules.hosts
 
     def _permitted(self, path: str, headers: Headers) -> bool:
         if self._rules.api_key is None or OPEN_PATHS.fullmatch(path):
@@ -156,18 +174,52 @@ class Gate:
             body = await asyncio.wait_for(_read_body(receive), BODY_SECONDS)
         except asyncio.TimeoutError:
             message = f"the body was not sent within {BODY_SECONDS} s"
-            await _refusal(408, "invalid_request_error", message)(scope, receive, send)
+            refusal = _refusal(408, "invalid_request_error", message)
+            await refusal(scope, receive, send)
             return
         if body is None:
             return  # the client went: there is nobody to answer
         if len(body) > MAX_BODY:
-            await _TOO_LARGE(scope, receive, send)
+            await _refuse(_TOO_LARGE, scope, receive, send)
             return
+        MutableHeaders(scope=scope)["content-type"] = "application/json"
         await self._app(scope, _replay(body, receive), send)
 
 
-def _is_json(headers: Headers) -> bool:
-    return headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+def is_local(name: str) -> bool:
+    """Whether a name, in lower case, always leads to the machine itself."""
+    return name in LOCAL_NAMES or name.endswith(".localhost")
+
+
+def _may_be_json(headers: Headers) -> bool:
+    """Whether a body says that it is JSON; or says nothing, and no browser sent it.
+
+    A page of another origin may send the kinds of forms, and text, without being asked first. The
+    browser then says where they come from.
+    """
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind in _UNNAMED_JSON:
+        return not any(name in headers for name in _OF_BROWSERS)
+    return kind == "application/json"
+
+
+async def _refuse(refusal: JSONResponse, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers. When the connection is closed then, what still comes in would make it a reset."""
+    headers = Headers(scope=scope)
+    closes = scope.get("http_version") == "1.0" or "close" in headers.get("connection", "").lower()
+    if closes and "expect" not in headers:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_drop_body(receive), _DROP_SECONDS)
+    await refusal(scope, receive, send)
+
+
+async def _drop_body(receive: Receive) -> None:
+    size = 0
+    while size < _DROPPED:
+        message = await receive()
+        size += len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return
 
 
 async def _read_body(receive: Receive) -> bytes | None:

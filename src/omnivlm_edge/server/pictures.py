@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..image import Pixels, load_image, preprocess, shorten
 from ..sources import MAX_BYTES, decode_data_uri, fetch_url
 
 MAX_PIXELS = 64_000_000  # of a picture, 192 MB while it is decoded
+_MAX_HEADER = 1000  # characters of a data: URI before its comma
 
 
 @dataclass(frozen=True)
@@ -26,36 +28,43 @@ class PictureRules:
     media_path: Path | None = None
 
 
-def read_bytes(address: str, rules: PictureRules) -> bytes:
+def name_of(address: str, number: int) -> str:
+    """What messages call a picture: its address, a data: URI's parameter `name`, or its number."""
+    if _scheme(address) in ("http", "https", "file"):
+        return shorten(address)
+    header = address[:_MAX_HEADER].partition(",")[0]
+    found = re.search(r";name=([^;,]+)", header, re.I)
+    return shorten(unquote(found[1])) if found else f"picture {number}"
+
+
+def read_bytes(address: str, rules: PictureRules, name: str = "the picture") -> bytes:
     """What is at a `data:` URI, or at an address that the rules allow. Raises ImageError."""
     scheme = _scheme(address)
     if scheme == "data":
-        return decode_data_uri(address)
+        return decode_data_uri(address, name)
     if scheme in ("http", "https"):
         if not rules.allow_urls:
             raise ImageError(
-                f"{shorten(address)}: this server fetches no addresses; send the picture as a "
+                f"{name}: this server fetches no addresses; send the picture as a "
                 "data: URI, or start the server with --allow-urls"
             )
         return fetch_url(address)
     if scheme == "file":
         if rules.media_path is None:
             raise ImageError(
-                f"{shorten(address)}: this server reads no files; send the picture as a data: URI, "
+                f"{name}: this server reads no files; send the picture as a data: URI, "
                 "or start the server with --media-path"
             )
         return _read_file(address, rules.media_path)
-    raise ImageError(
-        f"{shorten(address)}: is no address of a picture; send a data: URI with base64"
-    )
+    given = f"'{shorten(address)}' is no address" if address else "its address is empty"
+    raise ImageError(f"{name}: {given}; send the picture as a data: URI with base64")
 
 
-def decode(data: bytes, address: str, size: int) -> Pixels:
+def decode(data: bytes, name: str, size: int) -> Pixels:
     """What was at an address -> the square that the model sees.
 
     Raises ImageError, also for a picture of more than MAX_PIXELS.
     """
-    name = shorten(address.partition(",")[0] if _scheme(address) == "data" else address)
     return preprocess(load_image(data, name, max_pixels=MAX_PIXELS), size)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 import logging
 import math
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -22,7 +24,10 @@ from ..errors import DeviceError
 from ..scheduler import Scheduler
 from ..values import GenerateOptions
 from .app import Settings, create_app, describe_model
+from .gate import access_log
 from .protocol import ModelMeta
+
+_log = logging.getLogger(__name__)
 
 _WARM_UP_TOKENS = 4
 _BACKLOG = 128  # connections that may wait for the process
@@ -50,15 +55,18 @@ def serve(
 
     def load_warm() -> OmniVLM:
         nonlocal facts
+        started = time.monotonic()
         model = load()
         if facts is None:  # not again for a request that waits while the model wakes
             _warm_up(model)
         facts = describe_model(model)
+        _log.info("the model is loaded (%.1f s)", time.monotonic() - started)
         return model
 
     with _bind(host, port) as listener:
         if not preload:
             _listen(listener)
+        _log_to_stderr()
         scheduler = Scheduler(
             load_warm, n_parallel=settings.n_parallel, n_queue=n_queue, sleep_after=sleep_after
         )
@@ -66,7 +74,6 @@ def serve(
             if preload:
                 scheduler.wait_until_loaded()
                 _listen(listener)
-            _log_to_stderr()
             app = create_app(scheduler, lambda: facts, settings)
             config = uvicorn.Config(
                 app,
@@ -125,6 +132,10 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         closing = asyncio.create_task(asyncio.to_thread(self._scheduler.close))
+        n_answers = self._scheduler.n_running
+        if n_answers:
+            what = "an answer" if n_answers == 1 else f"{n_answers} answers"
+            _log.info("finishing %s; Ctrl-C or SIGTERM again to stop at once", what)
         await super().shutdown(sockets)
         await closing
 
@@ -179,8 +190,24 @@ def _warm_up(model: OmniVLM) -> None:
     model.forget()
 
 
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        if record.name == access_log.name:
+            return record.getMessage()
+        line = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
 def _log_to_stderr() -> None:
+    """Everything as JSON, a line for each."""
     handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines())
     for name, level in (("omnivlm_edge", logging.INFO), ("uvicorn", logging.ERROR)):
         logger = logging.getLogger(name)
         logger.setLevel(level)

@@ -6,6 +6,7 @@ has not are named as llama.cpp's server names them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import quote
 
@@ -17,10 +18,19 @@ from ..errors import (
     ContextOverflowError,
     DeadlineError,
     ImageError,
+    ModelFileError,
     OmniVLMError,
     OptionError,
 )
-from ..values import MAX_LOGPROBS, MAX_SEED, MAX_STOPS, Answer, GenerateOptions, TokenLogprob
+from ..values import (
+    MAX_BIAS,
+    MAX_LOGPROBS,
+    MAX_SEED,
+    MAX_STOPS,
+    Answer,
+    GenerateOptions,
+    TokenLogprob,
+)
 
 DEFAULTS = GenerateOptions()
 
@@ -51,7 +61,7 @@ Part: TypeAlias = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 class Message(_Request):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[Part] | None = Field(None, description="An assistant's may be null.")
 
 
 class StreamOptions(_Request):
@@ -70,6 +80,13 @@ class ResponseFormat(_Request):
     schema_: dict[str, Any] | None = Field(None, alias="schema")
 
 
+_MAX_BIASES = 1024
+_ALL_THAT_FIT = 2**31 - 1
+_SAMPLING = (
+    "temperature top_p top_k min_p repeat_penalty frequency_penalty presence_penalty".split()
+)
+Bias: TypeAlias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
+MaxTokens: TypeAlias = Annotated[int, Field(ge=-1)]
 Stops: TypeAlias = Annotated[list[str], Field(max_length=MAX_STOPS)]
 
 
@@ -80,8 +97,10 @@ class ChatRequest(_Request):
     model: str = Field("", description="Any: there is one model here.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1, description="512, or what fits, when left out.")
-    max_completion_tokens: int | None = Field(None, ge=1, description="The same.")
+    max_tokens: MaxTokens | None = Field(
+        None, description="512 when left out; -1, and any more than fit, are as many as fit."
+    )
+    max_completion_tokens: MaxTokens | None = Field(None, description="The same.")
     temperature: float | None = Field(None, ge=0, le=2, description="0, greedy, when left out.")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
@@ -93,33 +112,43 @@ class ChatRequest(_Request):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
-    frequency_penalty: float | None = Field(0, description="0: it is not known here.")
-    presence_penalty: float | None = Field(0, description="0: it is not known here.")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, Bias] | None = Field(None, max_length=_MAX_BIASES)
     tools: list[Any] | None = Field(None, description="None: tools cannot be called.")
     functions: list[Any] | None = Field(None, description="None: functions cannot be called.")
-    logit_bias: dict[str, Any] | None = Field(None, description="None: it is not known here.")
 
     def options(self, choice: int, grammar: str | None) -> GenerateOptions:
         """How one of the `n` choices is sampled. Raises OptionError."""
-        for name in ("tools", "functions", "logit_bias", "frequency_penalty", "presence_penalty"):
+        for name in ("tools", "functions"):
             if getattr(self, name):
-                raise OptionError(f"{name} cannot be used with this model: leave it out")
+                raise OptionError(f"{name} are not supported by this server: leave them out")
         if self.top_logprobs is not None and not self.logprobs:
             raise OptionError("top_logprobs needs logprobs to be true")
-        given = {
-            name: value
-            for name in ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")
-            if (value := getattr(self, name)) is not None
-        }
+        given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        wanted = self.max_tokens
+        if self.max_completion_tokens is not None:
+            wanted = self.max_completion_tokens
+        if wanted == 0:
+            raise OptionError("max_tokens is 0: it must be 1 or more, or -1 for as many as fit")
         stop = self.stop or ()
         return GenerateOptions(
-            max_tokens=self.max_completion_tokens or self.max_tokens,
+            max_tokens=_ALL_THAT_FIT if wanted == -1 else wanted,
+            logit_bias=_biases(self.logit_bias or {}),
             seed=None if self.seed is None else (self.seed + choice) % (MAX_SEED + 1),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             grammar=grammar,
             **given,
         )
+
+
+def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """Raises OptionError for what is no token's id."""
+    for token in given:
+        if not (token.isascii() and token.isdecimal() and len(token) < 10):
+            raise OptionError(f"logit_bias names {token[:20]!r}: it must be a token's id")
+    return tuple((int(token), bias) for token, bias in given.items())
 
 
 # ---- the original runtime's interface -----------------------------------------------------------
@@ -145,7 +174,7 @@ class OriginalRequest(_Request):
     """What clients of the original runtime's server send."""
 
     messages: list[OriginalMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(128, ge=1)
+    max_tokens: MaxTokens | None = 128
     temperature: float | None = Field(None, ge=0, le=2)
     top_k: int | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -303,8 +332,16 @@ def error_object(message: str, kind: str, status: int, param: str | None = None)
 
 
 def describe_error(error: OmniVLMError) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """An error of this package -> status, body and headers."""
+    """An error of this package -> status, body and headers.
+
+    Of the errors' advice, which is for the command line, clients are told nothing.
+    """
     status, kind = next((s, k) for cls, s, k in _STATUS if isinstance(error, cls))
     headers = {"Retry-After": str(_RETRY_SECONDS)} if status == 503 else {}
     param = "messages" if isinstance(error, ImageError) else None
-    return status, error_object(str(error), kind, status, param), headers
+    message = error.fact
+    if isinstance(error, ContextOverflowError):
+        message += ": shorten the prompt, or leave pictures out"
+    elif isinstance(error, ModelFileError):  # names files
+        message = "the model's files cannot be used: the server's log says why"
+    return status, error_object(message, kind, status, param), headers

@@ -116,7 +116,7 @@ class EventStream(Response):
                     await asyncio.wait_for(send(message), SEND_SECONDS)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except (ClientGoneError, asyncio.TimeoutError):
-            pass
+            scope["state"]["log"].fields["status"] = 499  # for the log; 200 was sent
         finally:
             self._answers.close()
 
