@@ -729,7 +729,7 @@ def new_grammar(grammar: str, vocab: Any) -> Any:
     sampler = None
     reason = _grammar_problem(grammar)
     if not reason:
-        with _kept_from_stderr() as written:
+        with _stderr_catcher().caught() as written:
             sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
         reason = take_log_error().strip()
         told = re.search(r"error parsing grammar: (.*)", written[0])
@@ -739,34 +739,47 @@ def new_grammar(grammar: str, vocab: Any) -> Any:
     return sampler
 
 
-_stderr_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def _kept_from_stderr() -> Iterator[list[str]]:
-    """What C code prints to its `stderr` meanwhile goes into the list, at the end.
+class _StderrCatcher:
+    """What C code prints to its `stderr` within goes to memory.
 
     llama.cpp's grammar parser knows no log: it prints a grammar that it refuses, whose words are
-    the user's. The file descriptor, which Python writes to, stays as it is.
+    the user's. The file descriptor, which Python writes to, stays as it is. The stream is never
+    closed, as another thread may be writing to it when the usual one is put back.
     """
-    libc = ctypes.CDLL(None)
-    written: list[str] = []
-    if not (sys.platform == "darwin" or hasattr(libc, "gnu_get_libc_version")):
-        yield [""]  # elsewhere it cannot be assigned
-        return
-    libc.open_memstream.restype = ctypes.c_void_p
-    text, size = ctypes.c_void_p(), ctypes.c_size_t()
-    with _stderr_lock:
-        stream = libc.open_memstream(ctypes.byref(text), ctypes.byref(size))
-        stderr = ctypes.c_void_p.in_dll(libc, "__stderrp" if sys.platform == "darwin" else "stderr")
-        usual, stderr.value = stderr.value, stream
-        try:
-            yield written
-        finally:
-            stderr.value = usual
-            libc.fclose(ctypes.c_void_p(stream))
-            written.append(ctypes.string_at(text, size.value).decode(errors="replace"))
-            libc.free(text)
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None)
+        mac = sys.platform == "darwin"
+        self._assignable = mac or hasattr(self._libc, "gnu_get_libc_version")
+        self._lock = threading.Lock()
+        self._text, self._size = ctypes.c_void_p(), ctypes.c_size_t()
+        self._stderr = ctypes.c_void_p.in_dll(self._libc, "__stderrp" if mac else "stderr")
+        self._libc.open_memstream.restype = ctypes.c_void_p
+        stream = self._libc.open_memstream(ctypes.byref(self._text), ctypes.byref(self._size))
+        self._stream = ctypes.c_void_p(stream)
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[list[str]]:
+        """The list has what was printed when the block is left."""
+        if not self._assignable:  # musl
+            yield [""]
+            return
+        written: list[str] = []
+        with self._lock:
+            self._libc.rewind(self._stream)
+            usual, self._stderr.value = self._stderr.value, self._stream.value
+            try:
+                yield written
+            finally:
+                self._stderr.value = usual
+                self._libc.fflush(self._stream)
+                text = ctypes.string_at(self._text, self._size.value)
+                written.append(text.decode(errors="replace"))
+
+
+@functools.cache
+def _stderr_catcher() -> _StderrCatcher:
+    return _StderrCatcher()
 
 
 def _grammar_problem(grammar: str) -> str:
