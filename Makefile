@@ -19,7 +19,7 @@ demo: $(VENV)/package.stamp
 	$(BIN)/omnivlm-edge run demo -i examples/horses.png -p "Describe the image"
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m "not reference and not slow"
+	$(BIN)/python -m pytest -m "not reference and not slow" -n 2 --dist loadfile
 
 # Twenty kills of a batch; clusters of Ray's, of processes on this machine, some of which are killed.
 test-slow: $(VENV)/test.stamp

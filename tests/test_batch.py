@@ -155,6 +155,30 @@ def test_a_pattern_passes_over_links_to_themselves(photos: Path, tmp_path: Path)
     assert keys([f"{tmp_path}/*/*.png"]) == []
 
 
+def test_a_table_that_cannot_be_read_stops_nothing_but_one_of_other_columns_does(
+    photos: Path, tmp_path: Path
+) -> None:
+    names = ("empty.csv", "cut.parquet", "cut.tar")
+    for name in names:
+        (tmp_path / name).write_bytes(b"PAR1" if name.endswith("parquet") else b"")
+    table = tmp_path / "table.csv"
+    table.write_text(f"id,image\na,{photos}/000.png\nb,{tmp_path}/absent.png\n")
+    out = tmp_path / "out.jsonl"
+    inputs = [*(tmp_path / name for name in names), table]
+    result = batch(*inputs, "--key-column", "id", "-p", QUESTION, "-o", out)
+    assert result.returncode == 3, result.stderr
+    rows = {row["key"]: row for row in read_rows(out)}
+    assert rows.pop("a")["answer"]
+    assert f"{tmp_path}/absent.png" in rows.pop("b")["error"]["message"]
+    assert set(rows) == {str(tmp_path / name) for name in names}
+    for key, row in rows.items():
+        assert key in row["error"]["message"]
+
+    result = batch(*inputs, "--key-column", "sku", "-p", QUESTION, "-o", tmp_path / "other.jsonl")
+    assert (result.returncode, (tmp_path / "other.jsonl").exists()) == (1, False)
+    assert f"{table}: has no column 'sku'" in result.stderr
+
+
 def test_a_pattern_of_tables_is_counted(tmp_path: Path) -> None:
     for name in ("a", "b"):
         rows = pa.Table.from_pylist([{"image": "x.png"}] * 2)
@@ -287,7 +311,8 @@ def without_root_rights() -> None:
         libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
 
 
-def test_a_folder_that_cannot_be_read_is_a_row(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", ["{}", "{}/**/*.png"])
+def test_a_folder_that_cannot_be_read_is_a_row(given: str, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     write_pictures(folder, 1)
     write_pictures(folder / "closed", 1)
@@ -296,7 +321,7 @@ def test_a_folder_that_cannot_be_read_is_a_row(photos: Path, tmp_path: Path) -> 
         *COMMAND,
         "batch",
         "demo",
-        str(folder),
+        given.format(folder),
         "-p",
         QUESTION,
         "-o",
@@ -404,12 +429,23 @@ def test_usage_errors(photos: Path, tmp_path: Path) -> None:
         (photos, "-p", "x", *out, "--ray", "photos"),
         (photos, "-p", "x", *out, "--ray-actors", "3,1"),
         (photos, "-p", "x", *out, "--schema", "{}", "--choices", "a,b"),
+        (photos, "-p", "x", *out, "--ray-actors", "2"),
+        (photos, "-p", "x", *out, "--image-column", "picture"),
+        (photos, "--prompt-column", "q", *out),
+        ("--watch", photos, "-p", "x", "--key-column", "k", *out),
     ):
         arguments = ["batch", "demo", *map(str, wrong)]
         assert CliRunner().invoke(cli, arguments).exit_code == 2, wrong
     assert (
         "ends with .jsonl, .parquet or /" in batch(photos, "-p", "x", "-o", tmp_path / "out").stderr
     )
+    for output, more in (
+        (photos, ()),
+        (out[1], ("--format", "parquet")),
+        (out[1], ("--shard-rows", 9)),
+    ):
+        assert "directory" in batch(photos, "-p", "x", "-o", output, *more).stderr
+    assert not list(photos.glob("part*"))
     assert "no such file" in batch(tmp_path / "absent", "-p", "x", *out).stderr
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -427,7 +463,7 @@ def row(key: str, error: bool = False) -> dict[str, Any]:
     }
 
 
-def fill(path: Path, *rows: dict[str, Any], **options: Any) -> tuple[int, int]:
+def fill(path: Path | str, *rows: dict[str, Any], **options: Any) -> tuple[int, int]:
     """Appends what is not there; how many rows, and how many of them failed."""
     with Output(str(path), ABOUT, **options) as output:
         for each in rows:
@@ -478,17 +514,19 @@ def test_two_runs_and_another_run_are_refused(tmp_path: Path) -> None:
 def test_a_shard_is_there_once_after_a_kill_between_its_two_files(tmp_path: Path) -> None:
     options: dict[str, Any] = {"format": "parquet", "shard_rows": 2}
     out = tmp_path / "out"
-    fill(out, row("a"), **options)
+    fill(f"{out}/", row("a"), **options)
     table = (out / "part-00000.parquet").read_bytes()
     (out / "part-00000.jsonl").write_bytes(encode_row(row("a")))
-    assert fill(out, row("a"), row("b", error=True), row("c"), row("d", error=True), **options) == (
+    assert fill(
+        f"{out}/", row("a"), row("b", error=True), row("c"), row("d", error=True), **options
+    ) == (
         4,
         2,
     )
     assert (out / "part-00000.parquet").read_bytes() == table
     assert not list(out.glob("*.jsonl")) or not read_rows(*out.glob("*.jsonl"))
-    assert fill(out, retry_errors=True, **options) == (2, 0)
-    assert fill(out, row("b"), row("d"), **options) == (4, 0)
+    assert fill(f"{out}/", retry_errors=True, **options) == (2, 0)
+    assert fill(f"{out}/", row("b"), row("d"), **options) == (4, 0)
     found = [
         each["key"] for path in out.glob("*.parquet") for each in pq.read_table(path).to_pylist()
     ]
@@ -497,10 +535,10 @@ def test_a_shard_is_there_once_after_a_kill_between_its_two_files(tmp_path: Path
 
 def test_other_files_beside_the_shards_stay(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    fill(out, row("a"), format="jsonl")
+    fill(f"{out}/", row("a"), format="jsonl")
     copy = out / "part-00000.bak"
     copy.write_bytes((out / "part-00000.jsonl").read_bytes() + b"mine")
-    assert fill(out, row("b"), format="jsonl") == (2, 0)
+    assert fill(f"{out}/", row("b"), format="jsonl") == (2, 0)
     assert answers_of(out / "part-00000.jsonl") == ["a", "b"]
     assert copy.read_bytes().endswith(b"mine")
 
@@ -632,7 +670,9 @@ def test_choices_are_checked_before_the_first_picture(photos: Path, tmp_path: Pa
 
 def test_pictures_without_a_question_are_rows_with_an_error(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    assert batch(photos, "--prompt-column", "q", "-o", out).returncode == 3
-    errors = [row["error"]["message"] for row in read_rows(out)]
+    table = tmp_path / "table.jsonl"
+    table.write_text(json.dumps({"image": str(photos / "000.png"), "q": QUESTION}))
+    assert batch(photos, table, "--prompt-column", "q", "-o", out).returncode == 3
+    errors = [row["error"]["message"] for row in read_rows(out) if row["error"]]
     assert len(errors) == 6
     assert all("has no question of its own" in message for message in errors)

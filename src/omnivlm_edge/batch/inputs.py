@@ -81,8 +81,9 @@ def read_inputs(inputs: Sequence[str], columns: Columns) -> Iterator[Item]:
     picture, a list of paths (.txt, or - for standard input; lines, or what NULs separate), a table
     (.jsonl, .csv, .tsv, .parquet), or a WebDataset shard (.tar).
 
-    Raises ImageError for an input that is absent or cannot be read at all, OptionError for one that
-    is of no such kind or lacks a column; what is wrong further in becomes an item with a `problem`.
+    Raises ImageError for an input that is absent and for a folder that cannot be read, OptionError
+    for one that is of no such kind or lacks a column; all else that is wrong, a damaged table too,
+    becomes an item with a `problem`.
     """
     for text in inputs:
         yield from _read_input(text, columns)
@@ -93,8 +94,11 @@ def count_inputs(inputs: Sequence[str], columns: Columns) -> Iterator[int]:
     total = 0
     for text in inputs:
         if text.lower().endswith(".parquet") and os.path.isfile(text):
-            with open_parquet(text) as file:
-                total += int(file.metadata.num_rows)
+            try:
+                with open_parquet(text) as file:
+                    total += int(file.metadata.num_rows)
+            except ImageError:
+                total += 1  # it will be an item with a problem
             continue
         for _ in _read_input(text, columns):
             total += 1
@@ -103,20 +107,30 @@ def count_inputs(inputs: Sequence[str], columns: Columns) -> Iterator[int]:
     yield total
 
 
-def check_inputs(inputs: Sequence[str]) -> None:
-    """Raises as `read_inputs`, for what is wrong with the inputs themselves."""
+def check_inputs(inputs: Sequence[str], columns: Columns) -> None:
+    """Raises as `read_inputs`, before any work."""
     for text in inputs:
         if os.path.isdir(text):
             _list_folder(text).close()
         elif text != "-" and (os.path.lexists(text) or not glob.has_magic(text)):
             _reader(text)
+    for path in named_tables(inputs):
+        if path.lower().endswith((".csv", ".tsv", ".parquet")):  # with the columns in one place
+            next(_read_table(path, columns), None)
 
 
 def named_tables(inputs: Sequence[str]) -> Iterator[str]:
     """The tables and lists that exist among the inputs, and those that patterns match."""
     for text in inputs:
         paths = [text] if os.path.lexists(text) else _expand(text) if glob.has_magic(text) else []
-        yield from (p for p in paths if p.lower().endswith((*_TABLES, *_LISTS)))
+        for path in paths:
+            if isinstance(path, str) and path.lower().endswith((*_TABLES, *_LISTS)):
+                yield path
+
+
+def has_tables(inputs: Sequence[str]) -> bool:
+    """Whether any input is, or may turn out to be, one that has columns."""
+    return any(text.lower().endswith((*_TABLES, ".tar")) or glob.has_magic(text) for text in inputs)
 
 
 def read_source(
@@ -174,13 +188,24 @@ def _read_input(text: str, columns: Columns) -> Iterator[Item]:
         _list_folder(text).close()  # this one must be readable
         yield from walk(text)
     elif os.path.lexists(text) or not glob.has_magic(text):
-        yield from _reader(text)(text, columns)
+        yield from _read_table(text, columns)
     else:
         for path in _expand(text):
-            if path.lower().endswith((*_TABLES, *_LISTS, ".tar")):
-                yield from _reader(path)(path, columns)
+            if isinstance(path, Item):
+                yield path
+            elif path.lower().endswith((*_TABLES, *_LISTS, ".tar")):
+                yield from _read_table(path, columns)
             else:
                 yield Item(path, Path(path))
+
+
+def _read_table(path: str, columns: Columns) -> Iterator[Item]:
+    """What a file holds; one that cannot be read at all is an item with a problem."""
+    read = _reader(path)
+    try:
+        yield from read(path, columns)
+    except ImageError as error:
+        yield Item(path, None, problem=str(error))
 
 
 def _reader(path: str) -> Callable[[str, Columns], Iterator[Item]]:
@@ -220,14 +245,17 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _expand(pattern: str) -> Iterator[str]:
-    """The files that match a pattern. Unlike glob's, no folder's names are all held at once."""
+def _expand(pattern: str) -> Iterator[str | Item]:
+    """The files that match a pattern, and with a problem the folders that may not be looked into.
+
+    Unlike glob's, no folder's names are all held at once.
+    """
     parts = os.path.expanduser(pattern).split(os.sep)
     start = os.sep if parts[0] == "" else ""
     yield from _match(start, [part for part in parts if part])
 
 
-def _match(base: str, parts: Sequence[str]) -> Iterator[str]:
+def _match(base: str, parts: Sequence[str]) -> Iterator[str | Item]:
     first, rest = parts[0], parts[1:]
     if not glob.has_magic(first):
         path = os.path.join(base, first)
@@ -242,7 +270,11 @@ def _match(base: str, parts: Sequence[str]) -> Iterator[str]:
     matches = re.compile(fnmatch.translate("*" if any_depth else first)).match
     try:
         entries = os.scandir(base or ".")
-    except OSError:  # as glob does: a pattern may lead everywhere
+    except PermissionError as exc:
+        problem = f"{shorten(base or '.')}: this folder cannot be read ({exc.strerror})"
+        yield Item(base or ".", None, problem=problem)
+        return
+    except OSError:  # it is no folder: a pattern may lead everywhere
         return
     with entries:
         for entry in entries:
@@ -336,7 +368,9 @@ def _read_csv(path: str, columns: Columns) -> Iterator[Item]:
     csv.field_size_limit(MAX_LINE)
     with io.TextIOWrapper(_open(path), "utf-8-sig", "surrogateescape", newline="") as file:
         rows = csv.DictReader(file, delimiter=delimiter)
-        _check_columns(path, rows.fieldnames or [], columns)
+        if not rows.fieldnames:
+            raise ImageError(f"{shorten(path)}: is empty; a table's first line names its columns")
+        _check_columns(path, rows.fieldnames, columns)
         while True:
             try:
                 row = next(rows)
@@ -395,16 +429,17 @@ def _from_row(row: Any, path: str, number: int, columns: Columns) -> Item:
     """A table's row; `image` is a path, an address, bytes, or {"bytes": …, "path": …}."""
     place = f"{path}:{number}"
     if not isinstance(row, dict):
-        return Item(place, None, problem="the row is not a JSON object")
+        return Item(place, None, problem=f"{shorten(place)}: the row is not a JSON object")
     prompt = key = None
     if columns.key is not None:
         key = str(row.get(columns.key))
         if row.get(columns.key) is None or not _is_name(key):
-            return Item(place, None, problem=f"the row has no usable '{columns.key}'")
+            problem = f"{shorten(place)}: the row has no usable '{columns.key}'"
+            return Item(place, None, problem=problem)
     if columns.prompt is not None:
         prompt = row.get(columns.prompt)
         if not isinstance(prompt, str) or not prompt or not is_text(prompt):
-            problem = f"the row has no text in '{columns.prompt}'"
+            problem = f"{shorten(place)}: the row has no text in '{columns.prompt}'"
             return Item(place if key is None else key, None, problem=problem)
     image = row.get(columns.image)
     if isinstance(image, dict):  # as Hugging Face's data sets have it
@@ -418,7 +453,7 @@ def _from_row(row: Any, path: str, number: int, columns: Columns) -> Item:
     if isinstance(image, bytes):
         return Item(place if key is None else key, image, prompt)
     if not isinstance(image, str) or not image or not _is_name(image):
-        problem = f"the row has no usable '{columns.image}'"
+        problem = f"{shorten(place)}: the row has no usable '{columns.image}'"
         return Item(place if key is None else key, None, prompt, problem)
     return _item_of(image, os.path.dirname(path), place, prompt, key)
 

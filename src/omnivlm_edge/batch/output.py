@@ -37,6 +37,7 @@ from .runner import Row
 
 SHARD_ROWS = 100_000
 FORMATS = ("jsonl", "parquet")
+RUN = "_run"  # in a directory
 _PART = re.compile(r"part-\d+\.(?:jsonl|parquet)")
 _SYNC_SECONDS = 2.0
 _FORMAT_VERSION = 1
@@ -46,9 +47,10 @@ _PARQUET_ROWS = 8192  # turned into a row group at once
 class Output:
     """The rows of one run, of this process and of earlier ones. Close it.
 
-    `path` is a .jsonl or .parquet file, or a directory, whose shards are of `format`. `about` says
-    what is run, in JSON: an output of another one is refused, unless `overwrite` empties it first.
-    With `retry_errors` the rows that failed are taken out.
+    `path` is a .jsonl or .parquet file, or, with a slash at its end, a directory, whose shards are
+    of `format` and `shard_rows` long. `about` says what is run, in JSON: an output of another one
+    is refused, unless `overwrite` empties it first. With `retry_errors` the rows that failed are
+    taken out.
 
     Raises OutputError when another process writes there, when the output is another run's, and, as
     all methods, when the system cannot write (a full disk). OptionError for a name of another kind.
@@ -60,24 +62,31 @@ class Output:
         about: Mapping[str, Any],
         *,
         format: str | None = None,
-        shard_rows: int = SHARD_ROWS,
+        shard_rows: int | None = None,
         overwrite: bool = False,
         retry_errors: bool = False,
     ) -> None:
         self.path = Path(path)
-        self._folder = path.endswith(os.sep) or self.path.is_dir() or format is not None
+        self._folder = path.endswith(os.sep) or (self.path / RUN).exists()
         suffix = self.path.suffix.lower().removeprefix(".")
         if self._folder:
             self._format = format or "jsonl"
-        elif suffix in FORMATS:
-            self._format = suffix
+        elif self.path.is_dir():
+            raise OptionError(f"{path}: is a directory; to put shards into it write {path}{os.sep}")
+        elif suffix not in FORMATS:
+            raise OptionError(f"{path}: an output's name ends with .jsonl, .parquet or {os.sep}")
+        elif format or shard_rows:
+            raise OptionError(
+                f"{path}: is a file; --format and --shard-rows are about shards in a directory, "
+                f"whose name ends with {os.sep}"
+            )
         else:
-            raise OptionError(f"{path}: an output's name ends with .jsonl, .parquet or /")
+            self._format = suffix
         if not self._folder and self.path.exists() and not self.path.is_file():
             raise OptionError(f"{path}: is no regular file; name another output")
         if self._format == "parquet":
             load_pyarrow()  # before any work
-        self._shard_rows = shard_rows if self._folder else None
+        self._shard_rows = (shard_rows or SHARD_ROWS) if self._folder else None
         self._seen = Seen()
         self._journal: _Journal | None = None
         self.n_rows = self.n_errors = 0
@@ -143,7 +152,7 @@ class Output:
     def _prepare_places(self) -> Path:
         if self._folder:
             self.path.mkdir(parents=True, exist_ok=True)
-            return self.path / "_run"
+            return self.path / RUN
         return self.path.with_name(self.path.name + ".run")
 
     def _parts(self) -> list[Path]:

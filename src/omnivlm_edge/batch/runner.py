@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..engine import OmniVLM
@@ -226,7 +227,8 @@ class Answerer:
         if isinstance(source, str):
             picture = read_address(source, allow_private=self._allow_private)
             return self._model.preprocess(picture)
-        return self._model.preprocess(read_source(source, key), key)
+        name = str(source) if isinstance(source, Path) else key
+        return self._model.preprocess(read_source(source, name), name)
 
     def _job(self, ticket: _Ticket, prompt: str, pixels: tuple[Pixels, ...], flow: _Flow) -> Job:
         def listen(update: Update) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from .options import (
     EngineSettings,
@@ -65,9 +66,7 @@ FAILED_ROWS = 3  # the exit code
 @click.option(
     "--shard-rows",
     type=click.IntRange(min=1),
-    default=100_000,
-    show_default=True,
-    help="Rows in a shard.",
+    help="Rows in a shard.  [default: 100000]",
 )
 @click.option("--image-column", default="image", show_default=True, help="Of tables: the picture.")
 @click.option("--key-column", help="Of tables: what names a row.  [default: the picture's path]")
@@ -119,7 +118,7 @@ def batch(
     overwrite: bool,
     retry_errors: bool,
     format: str | None,
-    shard_rows: int,
+    shard_rows: int | None,
     image_column: str,
     key_column: str | None,
     prompt_column: str | None,
@@ -155,9 +154,11 @@ def batch(
     if watch and (prompt_column or ray_address):
         raise click.UsageError("--watch goes with -p, and without --ray")
     actors = _parse_actors(ray_actors)
+    if ray_address is None:
+        _refuse_given("without --ray", "ray_actors", "ray_cpus", "ray_gpus")
     _check_address(ray_address)
 
-    from ..batch.inputs import Columns, check_inputs, named_tables, read_inputs
+    from ..batch.inputs import Columns, check_inputs, has_tables, named_tables, read_inputs
     from ..batch.output import Output, is_written
     from ..batch.runner import context_size, pending
     from ..batch.watch import watch_folder
@@ -165,9 +166,11 @@ def batch(
     from ..errors import OptionError
     from ..models import find_model
 
+    if not has_tables(inputs):
+        _refuse_given("without a table", "image_column", "key_column", "prompt_column")
     options = wanted.options()
     columns = Columns(image_column, key_column, prompt_column)
-    check_inputs(inputs)
+    check_inputs(inputs, columns)
     for path in named_tables(inputs):
         if is_written(path, output):
             raise OptionError(f"{path}: is an input, and would be written to: name another output")
@@ -310,6 +313,14 @@ def handle_signals(stop: threading.Event | None) -> None:
     signal.signal(signal.SIGTERM, end)
     if stop is not None:
         signal.signal(signal.SIGINT, end)
+
+
+def _refuse_given(where: str, *names: str) -> None:
+    """Raises UsageError for an option that would do nothing there."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} does nothing {where}")
 
 
 def _parse_actors(text: str) -> tuple[int, int]:
