@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from omnivlm_edge.server.protocol import LOADING
+
 PAGE = Path(__file__).parents[1] / "src" / "omnivlm_edge" / "server" / "page.html"
 POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -54,7 +56,7 @@ class FakeOpenAI:
     )
     api_key: str | None = None
     loading: bool = False
-    loading_message: str = "Loading model"
+    loading_message: str = LOADING
     failure: tuple[int, str, str, dict[str, str]] | None = None  # status, message, type, headers
     breaks_with: str | None = None  # the message of an error after the answer's pieces
     endless: bool = False  # the last piece again and again, until the browser hangs up

@@ -26,7 +26,15 @@ from PIL import Image
 from batch_inputs import QUESTION, answers, batch, read_rows, write_pictures
 from command import COMMAND
 from omnivlm_edge import DeviceError, ImageError, OmniVLM, OptionError, OutputError
-from omnivlm_edge.batch.inputs import Columns, Item, Slice, count_inputs, read_inputs, read_source
+from omnivlm_edge.batch.inputs import (
+    Columns,
+    Item,
+    Slice,
+    check_columns,
+    count_inputs,
+    read_inputs,
+    read_source,
+)
 from omnivlm_edge.batch.output import Output, decode_row, encode_row, key_of
 from omnivlm_edge.batch.runner import Answerer, Task, Work
 from omnivlm_edge.batch.watch import watch_folder
@@ -146,6 +154,27 @@ def test_halves_of_characters_and_deep_lines_are_rows(tmp_path: Path) -> None:
     assert [item.key for item in read_inputs([str(table)], Columns())][2] == f"{table}:3"
     with pytest.raises(OptionError, match="must be UTF-8"):
         Task(("\udcff",))
+
+
+def test_a_pattern_names_each_file_once(photos: Path) -> None:
+    assert keys([f"{photos}/**/**/*.png"]) == keys([str(photos)])
+
+
+def test_a_table_whose_reading_fails_is_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As /proc/self/mem does: it can be opened, and every read is an error of the system's."""
+    monkeypatch.setattr("omnivlm_edge.batch.inputs.MAX_LINE", 1000)
+    (tmp_path / "long.csv").write_text('"' + "x" * 5000)
+    for name in ("a.csv", "a.jsonl", "a.txt"):
+        (tmp_path / name).symlink_to("/proc/self/mem")
+    names = [str(path) for path in sorted(tmp_path.iterdir())]
+    for name in names:
+        check_columns(name, Columns())
+    items = list(read_inputs(names, Columns()))
+    assert [item.key for item in items] == names
+    for item in items:
+        assert "cannot be read to its end" in item.problem
 
 
 def test_a_pattern_passes_over_links_to_themselves(photos: Path, tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ from omnivlm_edge.models import find_model
 from omnivlm_edge.scheduler import Scheduler
 from omnivlm_edge.server import gate, process, stream
 from omnivlm_edge.server.app import Settings, create_app, describe_model
-from omnivlm_edge.server.gate import MAX_BODY, GateRules
-from omnivlm_edge.server.protocol import describe_error
+from omnivlm_edge.server.gate import MAX_BODY, GateRules, is_local
+from omnivlm_edge.server.protocol import LOADING, describe_error
 from serving import (
     CHAT,
     EXAMPLES,
@@ -451,7 +451,17 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "a user's null": (
         {"messages": [{"role": "user", "content": None}]},
         "invalid_request_error",
-        "messages[0] has content of the type 'NoneType'",
+        "messages[0] must have content",
+    ),
+    "a token twice": (
+        question("x", logit_bias={"5": 1, "05": 1}),
+        "invalid_request_error",
+        "logit_bias names '05'",
+    ),
+    "no completion tokens": (
+        question("x", max_completion_tokens=0),
+        "invalid_request_error",
+        "max_completion_tokens is 0",
     ),
     "no question": ({"messages": [user("", HORSES)]}, "invalid_request_error", "has no text"),
     "half a character": (question("\ud800"), "invalid_request_error", "UTF-8"),
@@ -631,6 +641,9 @@ def test_no_page_can_reach_it_by_another_name(server: Server) -> None:
         f"[::1]:{server.port}",
     ):
         assert server.get("/v1/models", Host=host).status == 200
+    with server.connect() as connection:  # a probe, such as a load balancer's
+        connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
     reply = server.request("OPTIONS", CHAT, headers={"Origin": "http://evil.example"})
     assert reply.status == 405
     assert not [name for name in reply.headers if name.startswith("access-control")]
@@ -835,6 +848,8 @@ def test_names_of_this_machine() -> None:
         ("--cors-origin", "http://a.example/page", "is no origin"),
         ("--allowed-host", "http://a.example", "is no name such as a.example"),
         ("--allowed-host", "a.example:80", "is no name"),
+        ("--allowed-host", "b\u00fccher.example", "is no name"),
+        ("--cors-origin", "http://b\u00fccher.example", "is no origin"),
     ],
 )
 def test_origins_and_hosts_that_are_none(option: str, value: str, message: str) -> None:
@@ -842,6 +857,18 @@ def test_origins_and_hosts_that_are_none(option: str, value: str, message: str) 
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        *((name, True) for name in ("LOCALHOST", "a.localhost.", "127.1.2.3", "[::1]", "::1")),
+        *((name, True) for name in ("::ffff:127.0.0.1", "0:0:0:0:0:0:0:1", "ip6-localhost")),
+        *((name, False) for name in ("0.0.0.0", "::", "192.168.1.5", "localhost.example", "")),
+    ],
+)
+def test_what_is_this_machine(name: str, local: bool) -> None:
+    assert is_local(name) == local
 
 
 def test_two_servers_on_one_port(server: Server) -> None:
@@ -1081,7 +1108,7 @@ def test_while_the_model_is_loaded(tiny_model: Path) -> None:
             assert reply.status == 503
             assert reply.headers["retry-after"] == "1"
             assert reply.error == {
-                "message": "Loading model",
+                "message": LOADING,
                 "type": "unavailable_error",
                 "param": None,
                 "code": 503,

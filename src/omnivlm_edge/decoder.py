@@ -683,7 +683,7 @@ def _set_position(batch: Any, i: int, seq_id: int, position: int, *, with_logits
 
 def _check_decode(status: int) -> None:
     if status == 1:
-        raise ContextOverflowError("the context is full: close other answers or raise n_ctx")
+        raise ContextOverflowError("the context is full", "close other answers or raise n_ctx")
     if status != 0:
         raise DeviceError(f"llama.cpp failed while it computed the answer (status {status})")
 
@@ -881,7 +881,7 @@ def _new_context(
     context = llama_cpp.llama_init_from_model(model, params)
     if not context:
         raise DeviceError(
-            f"no memory for a context of {n_ctx} positions on {device.name}: lower n_ctx"
+            f"no memory for a context of {n_ctx} positions on {device.name}", "lower n_ctx"
         )
     return context
 

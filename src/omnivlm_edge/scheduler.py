@@ -22,6 +22,8 @@ from .values import Answer, TokenLogprob
 
 _log = logging.getLogger(__name__)
 
+MISSING = "the model cannot be loaded: the log says why"
+
 # Pictures encoded together when no running answer is held up by it.
 ENCODE_BATCH = 4
 _RELOAD_SECONDS = 5  # between attempts to load a model that was there before
@@ -197,11 +199,12 @@ class Scheduler:
         try:
             if self._model is None:
                 self._model = self._load()
-        except OmniVLMError as error:
+        except Exception as error:
             if self._waiting or not self._missing:
-                _log.error("the model cannot be loaded: %s", error)
+                mistake = not isinstance(error, OmniVLMError)
+                _log.error("the model cannot be loaded: %s", error, exc_info=mistake)
             self._missing = True
-            self._refuse_waiting(ClosedError("the model cannot be loaded: the log says why"))
+            self._refuse_waiting(ClosedError(MISSING))
             return
         self._missing = False
         self._drop_abandoned()

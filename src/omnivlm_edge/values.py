@@ -128,7 +128,7 @@ class GenerateOptions:
             ("repeat_penalty", _number(lambda r: 0 < r < math.inf), "a number above 0"),
             ("frequency_penalty", _number(lambda p: -2 <= p <= 2), "a number from -2 to 2"),
             ("presence_penalty", _number(lambda p: -2 <= p <= 2), "a number from -2 to 2"),
-            ("logit_bias", _is_bias, f"pairs of a token and up to {MAX_BIAS}, in a tuple"),
+            ("logit_bias", _is_bias, f"pairs of different tokens and up to {MAX_BIAS}, in a tuple"),
             ("seed", _optional(_whole(0, MAX_SEED)), seeds),
             ("grammar", _optional(lambda value: isinstance(value, str)), "a text"),
             ("stop", _is_stop, f"at most {MAX_STOPS} texts, none empty, in a tuple"),
@@ -156,10 +156,11 @@ def _optional(check: _Check) -> _Check:
 
 def _is_bias(value: Any) -> bool:
     token, bias = _whole(0, 2**31 - 1), _number(lambda b: -MAX_BIAS <= b <= MAX_BIAS)
-    return isinstance(value, tuple) and all(
+    pairs = isinstance(value, tuple) and all(
         isinstance(pair, tuple) and len(pair) == 2 and token(pair[0]) and bias(pair[1])
         for pair in value
     )
+    return pairs and len({pair[0] for pair in value}) == len(value)
 
 
 def _is_stop(value: Any) -> bool:

@@ -6,6 +6,7 @@ file. A file's pictures come in the order in which the system lists them.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fnmatch
 import glob
@@ -107,16 +108,13 @@ def count_inputs(inputs: Sequence[str], columns: Columns) -> Iterator[int]:
     yield total
 
 
-def check_inputs(inputs: Sequence[str], columns: Columns) -> None:
-    """Raises as `read_inputs`, before any work."""
+def check_inputs(inputs: Sequence[str]) -> None:
+    """Raises as `read_inputs`, for what is wrong with the inputs themselves."""
     for text in inputs:
         if os.path.isdir(text):
             _list_folder(text).close()
         elif text != "-" and (os.path.lexists(text) or not glob.has_magic(text)):
             _reader(text)
-    for path in named_tables(inputs):
-        if path.lower().endswith((".csv", ".tsv", ".parquet")):  # with the columns in one place
-            next(_read_table(path, columns), None)
 
 
 def named_tables(inputs: Sequence[str]) -> Iterator[str]:
@@ -126,6 +124,23 @@ def named_tables(inputs: Sequence[str]) -> Iterator[str]:
         for path in paths:
             if isinstance(path, str) and path.lower().endswith((*_TABLES, *_LISTS)):
                 yield path
+
+
+def check_columns(path: str, columns: Columns) -> None:
+    """Raises OptionError for a CSV or Parquet file without one of the columns.
+
+    One that cannot be read at all is no error yet, nor is one that can be read only once.
+    """
+    lower = path.lower()
+    with contextlib.suppress(ImageError, OSError, csv.Error):
+        if not os.path.isfile(path):
+            return
+        if lower.endswith(".parquet"):
+            with open_parquet(path) as file:
+                _check_columns(path, file.schema_arrow.names, columns)
+        elif lower.endswith((".csv", ".tsv")):
+            with _open_csv(path) as text:
+                _csv_rows(path, text, columns)
 
 
 def has_tables(inputs: Sequence[str]) -> bool:
@@ -206,6 +221,9 @@ def _read_table(path: str, columns: Columns) -> Iterator[Item]:
         yield from read(path, columns)
     except ImageError as error:
         yield Item(path, None, problem=str(error))
+    except (OSError, csv.Error) as exc:
+        reason = getattr(exc, "strerror", None) or exc
+        yield Item(path, None, problem=f"{shorten(path)}: cannot be read to its end ({reason})")
 
 
 def _reader(path: str) -> Callable[[str, Columns], Iterator[Item]]:
@@ -250,9 +268,12 @@ def _expand(pattern: str) -> Iterator[str | Item]:
 
     Unlike glob's, no folder's names are all held at once.
     """
-    parts = os.path.expanduser(pattern).split(os.sep)
-    start = os.sep if parts[0] == "" else ""
-    yield from _match(start, [part for part in parts if part])
+    first, *rest = os.path.expanduser(pattern).split(os.sep)
+    parts: list[str] = []
+    for part in filter(None, (first, *rest)):
+        if not (part == "**" and parts[-1:] == ["**"]):  # "**/**" is "**"
+            parts.append(part)
+    yield from _match("" if first else os.sep, parts)
 
 
 def _match(base: str, parts: Sequence[str]) -> Iterator[str | Item]:
@@ -265,8 +286,6 @@ def _match(base: str, parts: Sequence[str]) -> Iterator[str | Item]:
             yield path
         return
     any_depth = first == "**"
-    if any_depth and rest:
-        yield from _match(base, rest)
     matches = re.compile(fnmatch.translate("*" if any_depth else first)).match
     try:
         entries = os.scandir(base or ".")
@@ -277,6 +296,8 @@ def _match(base: str, parts: Sequence[str]) -> Iterator[str | Item]:
     except OSError:  # it is no folder: a pattern may lead everywhere
         return
     with entries:
+        if any_depth and rest:
+            yield from _match(base, rest)
         for entry in entries:
             hidden = entry.name.startswith(".") and not first.startswith(".")
             if hidden or not matches(entry.name):
@@ -364,13 +385,8 @@ def _read_jsonl(path: str, columns: Columns) -> Iterator[Item]:
 
 
 def _read_csv(path: str, columns: Columns) -> Iterator[Item]:
-    delimiter = "\t" if path.lower().endswith(".tsv") else ","
-    csv.field_size_limit(MAX_LINE)
-    with io.TextIOWrapper(_open(path), "utf-8-sig", "surrogateescape", newline="") as file:
-        rows = csv.DictReader(file, delimiter=delimiter)
-        if not rows.fieldnames:
-            raise ImageError(f"{shorten(path)}: is empty; a table's first line names its columns")
-        _check_columns(path, rows.fieldnames, columns)
+    with _open_csv(path) as file:
+        rows = _csv_rows(path, file, columns)
         while True:
             try:
                 row = next(rows)
@@ -380,6 +396,20 @@ def _read_csv(path: str, columns: Columns) -> Iterator[Item]:
                 yield Item(f"{path}:{rows.line_num}", None, problem=f"the row is damaged ({exc})")
                 continue
             yield _from_row(row, path, rows.line_num, columns)
+
+
+def _open_csv(path: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(_open(path), "utf-8-sig", "surrogateescape", newline="")
+
+
+def _csv_rows(path: str, file: io.TextIOWrapper, columns: Columns) -> csv.DictReader[str]:
+    """The rows behind the first line, which names the columns."""
+    csv.field_size_limit(MAX_LINE)
+    rows = csv.DictReader(file, delimiter="\t" if path.lower().endswith(".tsv") else ",")
+    if not rows.fieldnames:
+        raise ImageError(f"{shorten(path)}: is empty; a table's first line names its columns")
+    _check_columns(path, rows.fieldnames, columns)
+    return rows
 
 
 def load_pyarrow() -> Any:

@@ -158,7 +158,14 @@ def batch(
         _refuse_given("without --ray", "ray_actors", "ray_cpus", "ray_gpus")
     _check_address(ray_address)
 
-    from ..batch.inputs import Columns, check_inputs, has_tables, named_tables, read_inputs
+    from ..batch.inputs import (
+        Columns,
+        check_columns,
+        check_inputs,
+        has_tables,
+        named_tables,
+        read_inputs,
+    )
     from ..batch.output import Output, is_written
     from ..batch.runner import context_size, pending
     from ..batch.watch import watch_folder
@@ -170,10 +177,11 @@ def batch(
         _refuse_given("without a table", "image_column", "key_column", "prompt_column")
     options = wanted.options()
     columns = Columns(image_column, key_column, prompt_column)
-    check_inputs(inputs, columns)
+    check_inputs(inputs)
     for path in named_tables(inputs):
         if is_written(path, output):
             raise OptionError(f"{path}: is an input, and would be written to: name another output")
+        check_columns(path, columns)
     if wanted.choices:
         check_choices(wanted.choices)
     files = find_model(

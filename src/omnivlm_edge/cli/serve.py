@@ -42,7 +42,9 @@ def _read_origins(
     """Origins as browsers write them."""
     origins = []
     for text in given:
-        found = re.fullmatch(r"([\w+.-]+)://([\w.-]+|\[[\da-f:.]+\])(:\d+)?/?", text.lower())
+        found = re.fullmatch(
+            r"([\w+.-]+)://([\w.-]+|\[[\da-f:.]+\])(:\d+)?/?", text.lower(), re.ASCII
+        )
         if found:
             scheme, host, port = found[1], found[2], found[3] or ""
             default = {"http": ":80", "https": ":443"}.get(scheme)
@@ -61,7 +63,7 @@ def _read_hosts(
 ) -> tuple[str, ...]:
     """Names as the Host header has them, without the port."""
     for text in given:
-        if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:.]+\]", text):
+        if not re.fullmatch(r"\w[\w.-]*|\[[\da-f:.]+\]", text, re.ASCII | re.IGNORECASE):
             raise click.BadParameter(
                 f"'{text}' is no name such as a.example, without a port", param=parameter
             )
@@ -118,7 +120,8 @@ def _read_hosts(
     "hosts",
     multiple=True,
     callback=_read_hosts,
-    help="A name that leads here, such as a proxy's. May be repeated.",
+    help="A name that leads here, such as a proxy's; requests for others than these and this "
+    "machine's own are refused then. May be repeated.",
 )
 @setting("--log-content", is_flag=True, help="Write questions and answers into the log, too.")
 @offline_option
@@ -175,7 +178,7 @@ def serve(
             **settings,
         )
 
-    local = is_local(host) or host.startswith("127.")
+    local = is_local(host)
     if not local and api_key is None:
         note("Warning: whoever can reach this machine may ask; --api-key lets only some")
     rules = Settings(
@@ -184,7 +187,9 @@ def serve(
         seconds=request_timeout,
         gate=GateRules(
             api_key=api_key,
-            hosts=(*hosts, host.lower()) if hosts or local else None,
+            hosts=(*hosts, f"[{host}]" if ":" in host else host.lower())
+            if hosts or local
+            else None,
             max_requests=parallel + queue,
         ),
         pictures=PictureRules(allow_urls=allow_urls, media_path=media_path),

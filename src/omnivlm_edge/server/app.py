@@ -33,13 +33,15 @@ from ..errors import (
 from ..generation import Generation
 from ..image import Pixels
 from ..openai_messages import read_conversation
-from ..scheduler import Delta, Job, Scheduler
+from ..scheduler import MISSING, Delta, Job, Scheduler
 from ..values import Answer, Turn
 from .forms import read_form
 from .gate import Gate, GateRules, RequestLog
 from .metrics import Metrics
 from .pictures import PictureRules, decode, name_of, read_bytes
 from .protocol import (
+    CLIENT_GONE,
+    LOADING,
     ChatRequest,
     ErrorResponse,
     Health,
@@ -130,7 +132,7 @@ def create_app(
 
     @app.exception_handler(ClientGoneError)
     async def nobody_there(_: Request, __: ClientGoneError) -> Response:
-        return Response(status_code=499)  # nginx's number, for the log
+        return Response(status_code=CLIENT_GONE)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> Response:
@@ -263,14 +265,14 @@ class _Service:
         """Raises ClosedError, a 503, while the model is loaded for the first time."""
         facts = self._facts()
         if facts is None:
-            raise ClosedError("Loading model")
+            raise ClosedError(LOADING)
         return facts
 
     def check(self) -> None:
         """Raises ClosedError while there is no model, or it cannot be loaded again."""
         self.meta()
         if self._scheduler.missing:
-            raise ClosedError("the model cannot be loaded: the log says why")
+            raise ClosedError(MISSING)
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
         """OpenAI's endpoint."""
@@ -344,13 +346,9 @@ class _Service:
 
     def _conversation(self, body: ChatRequest, meta: ModelMeta) -> tuple[str | None, list[Turn]]:
         """The system text, and turns with the addresses of their pictures."""
-        messages = [message.model_dump() for message in body.messages]
-        for message in messages:
-            if message["role"] == "developer":  # OpenAI's newer name
-                message["role"] = "system"
-        system, turns = read_conversation(messages)
+        system, turns = read_conversation([message.model_dump() for message in body.messages])
         if meta.takes_questions and not turns[-1].question.strip():
-            raise OptionError("the last message has no text: ask a question")
+            raise OptionError("the user's last message has no text: ask a question")
         if meta.single_turn or not meta.takes_questions:  # the last question, the latest pictures
             images = next((turn.images for turn in reversed(turns) if turn.images), ())
             turns = [replace(turns[-1], images=images)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
 import logging
 import re
@@ -20,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..image import shorten
 from .metrics import Metrics
-from .protocol import error_object
+from .protocol import CLIENT_GONE, error_object
 
 MAX_BODY = 32 * 2**20  # bytes: a picture of 20 MiB in base64, and the rest
 BODY_SECONDS = 30
@@ -30,8 +31,7 @@ _UNNAMED_JSON = ("", "text/plain", "application/x-www-form-urlencoded")
 _OF_BROWSERS = ("origin", "referer", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")
 #: What anybody may see, with an API key too.
 OPEN_PATHS = re.compile(r"/|/health|/docs|/openapi\.json|/static-offline-docs/.*")
-LOCAL_NAMES = ("127.0.0.1", "localhost", "::1", "[::1]")
-_CLIENT_GONE = 499  # nginx's number for a client that hangs up
+LOCAL_NAMES = ("localhost", "ip6-localhost", "ip6-loopback")
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}")
 
 _log = logging.getLogger(__name__)
@@ -53,8 +53,12 @@ class GateRules:
 
 @dataclass
 class RequestLog:
-    """What the handlers add to the access log; never anything that the client wrote."""
+    """What the handlers add to the access log; never anything that the client wrote.
 
+    `status` is there where another one was sent than what became of the request.
+    """
+
+    status: int | None = None
     fields: dict[str, Any] = field(default_factory=dict)
 
 
@@ -103,7 +107,7 @@ class Gate:
         finally:
             # The route's, so that strangers cannot make any number of them.
             route = getattr(scope.get("route"), "path", "other")
-            status = log.fields.pop("status", status or _CLIENT_GONE)
+            status = log.status or status or CLIENT_GONE
             self._metrics.count_request(route, status)
             access_log.info(
                 json.dumps(
@@ -123,8 +127,8 @@ class Gate:
     async def _check(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers what is refused; hands the rest on."""
         headers = Headers(scope=scope)
-        host = headers.get("host", "").lower()
-        if not self._names_us(host):
+        host = headers.get("host")  # every browser names one
+        if host is not None and not self._names_us(host.lower()):
             message = (
                 f"the Host header names '{shorten(host)}', which is not known as this machine: "
                 "start the server with --allowed-host for it"
@@ -187,7 +191,11 @@ class Gate:
 
 
 def is_local(name: str) -> bool:
-    """Whether a name, in lower case, always leads to the machine itself."""
+    """Whether a name or an address always leads to the machine itself."""
+    name = name.lower().removesuffix(".")
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(name.strip("[]"))
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
     return name in LOCAL_NAMES or name.endswith(".localhost")
 
 

@@ -6,6 +6,7 @@ has not are named as llama.cpp's server names them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import quote
@@ -33,6 +34,8 @@ from ..values import (
 )
 
 DEFAULTS = GenerateOptions()
+LOADING = "Loading model"  # llama-server's words; the page waits while it reads them
+CLIENT_GONE = 499  # nginx's number for a client that hangs up, in the log
 
 
 class _Request(BaseModel):
@@ -126,11 +129,10 @@ class ChatRequest(_Request):
         if self.top_logprobs is not None and not self.logprobs:
             raise OptionError("top_logprobs needs logprobs to be true")
         given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
-        wanted = self.max_tokens
-        if self.max_completion_tokens is not None:
-            wanted = self.max_completion_tokens
+        name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        wanted: int | None = getattr(self, name)
         if wanted == 0:
-            raise OptionError("max_tokens is 0: it must be 1 or more, or -1 for as many as fit")
+            raise OptionError(f"{name} is 0: it must be 1 or more, or -1 for as many as fit")
         stop = self.stop or ()
         return GenerateOptions(
             max_tokens=_ALL_THAT_FIT if wanted == -1 else wanted,
@@ -146,7 +148,7 @@ class ChatRequest(_Request):
 def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     """Raises OptionError for what is no token's id."""
     for token in given:
-        if not (token.isascii() and token.isdecimal() and len(token) < 10):
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", token):
             raise OptionError(f"logit_bias names {token[:20]!r}: it must be a token's id")
     return tuple((int(token), bias) for token, bias in given.items())
 

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from ..errors import OmniVLMError
 from ..scheduler import Job, Listener, Scheduler, Update
 from ..values import Answer
+from .protocol import CLIENT_GONE
 
 #: A client that takes no piece of its answer for so long counts as gone.
 SEND_SECONDS = 30
@@ -116,7 +117,7 @@ class EventStream(Response):
                     await asyncio.wait_for(send(message), SEND_SECONDS)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except (ClientGoneError, asyncio.TimeoutError):
-            scope["state"]["log"].fields["status"] = 499  # for the log; 200 was sent
+            scope["state"]["log"].status = CLIENT_GONE  # 200 was sent
         finally:
             self._answers.close()
 
