@@ -16,6 +16,7 @@ from command import COMMAND
 from fake_hub import Cli, FakeHub
 from omnivlm_edge import OmniVLM
 from omnivlm_edge.convert import convert_checkpoint
+from omnivlm_edge.decoder import _initialise_backend
 from tiny_checkpoint import write_checkpoint
 
 TESTS = Path(__file__).parent
@@ -39,6 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "OMNIVLM_HOME": f"{home.name}/omnivlm-edge",
     }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels() -> None:
+    """ggml is asked once in a process for the CPU's kernels: not before ours are among them,
+    whatever test happens to use llama-cpp-python alone first."""
+    _initialise_backend()
 
 
 @pytest.fixture(scope="session")

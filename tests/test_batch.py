@@ -546,12 +546,8 @@ def test_a_shard_is_there_once_after_a_kill_between_its_two_files(tmp_path: Path
     fill(f"{out}/", row("a"), **options)
     table = (out / "part-00000.parquet").read_bytes()
     (out / "part-00000.jsonl").write_bytes(encode_row(row("a")))
-    assert fill(
-        f"{out}/", row("a"), row("b", error=True), row("c"), row("d", error=True), **options
-    ) == (
-        4,
-        2,
-    )
+    rows = row("a"), row("b", error=True), row("c"), row("d", error=True)
+    assert fill(f"{out}/", *rows, **options) == (4, 2)
     assert (out / "part-00000.parquet").read_bytes() == table
     assert not list(out.glob("*.jsonl")) or not read_rows(*out.glob("*.jsonl"))
     assert fill(f"{out}/", retry_errors=True, **options) == (2, 0)

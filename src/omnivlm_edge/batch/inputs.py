@@ -203,18 +203,18 @@ def _read_input(text: str, columns: Columns) -> Iterator[Item]:
         _list_folder(text).close()  # this one must be readable
         yield from walk(text)
     elif os.path.lexists(text) or not glob.has_magic(text):
-        yield from _read_table(text, columns)
+        yield from _read_file(text, columns)
     else:
         for path in _expand(text):
             if isinstance(path, Item):
                 yield path
             elif path.lower().endswith((*_TABLES, *_LISTS, ".tar")):
-                yield from _read_table(path, columns)
+                yield from _read_file(path, columns)
             else:
                 yield Item(path, Path(path))
 
 
-def _read_table(path: str, columns: Columns) -> Iterator[Item]:
+def _read_file(path: str, columns: Columns) -> Iterator[Item]:
     """What a file holds; one that cannot be read at all is an item with a problem."""
     read = _reader(path)
     try:

@@ -31,7 +31,7 @@ _UNNAMED_JSON = ("", "text/plain", "application/x-www-form-urlencoded")
 _OF_BROWSERS = ("origin", "referer", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")
 #: What anybody may see, with an API key too.
 OPEN_PATHS = re.compile(r"/|/health|/docs|/openapi\.json|/static-offline-docs/.*")
-LOCAL_NAMES = ("localhost", "ip6-localhost", "ip6-loopback")
+_LOCAL_NAMES = ("localhost", "ip6-localhost", "ip6-loopback")
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}")
 
 _log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ def is_local(name: str) -> bool:
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(name.strip("[]"))
         return (getattr(address, "ipv4_mapped", None) or address).is_loopback
-    return name in LOCAL_NAMES or name.endswith(".localhost")
+    return name in _LOCAL_NAMES or name.endswith(".localhost")
 
 
 def _may_be_json(headers: Headers) -> bool:
