@@ -374,6 +374,12 @@ bool install_text_kernels() {
         return false;
     }
     auto & types = ggml_backend_cpu_get_extra_buffer_types();
+    // ggml's AMX code, compiled by GCC 12, loads a tile configuration whose sizes were never stored (the compiler takes
+    // LDTILECFG to read 8 of its 64 bytes), and the first prompt ends the process with an illegal instruction.
+    types.erase(std::remove_if(
+                    types.begin(), types.end(),
+                    [](ggml_backend_buffer_type_t type) { return std::string(ggml_backend_buft_name(type)) == "AMX"; }),
+                types.end());
     if (std::find(types.begin(), types.end(), buffer_type()) == types.end()) {
         types.insert(types.begin(), buffer_type());  // llama.cpp takes the first that supports a matrix
     }

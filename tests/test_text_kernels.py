@@ -9,12 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from command import run
 from omnivlm_edge import GenerateOptions, _native, quantize_file
 from omnivlm_edge.convert import convert_checkpoint
 from omnivlm_edge.decoder import TextDecoder
 from omnivlm_edge.device import select_device
+from omnivlm_edge.models import find_model
 from tiny_checkpoint import Dims, write_checkpoint
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 # Rows of 256 values, so that K-quants can have them; a head of 336 columns, 21 panels.
 DIMS = Dims(text_hidden=256, text_heads=8, text_kv_heads=4, text_ffn=512, vocab=336)
 PROMPT = list(range(40, 117))  # more rows than the kernels take at a time
@@ -91,6 +94,17 @@ def test_they_are_as_exact_as_llama_cpp(model: Path, tmp_path: Path) -> None:
     write_dequantized(model, tmp_path / "exact.gguf")
     exact = logits(tmp_path / "exact.gguf")
     assert error(logits(model), exact) < 1.2 * error(logits(model, low_memory=True), exact)
+
+
+@pytest.mark.parametrize("recipe", ["q5_k_m", "q6_k"])
+def test_a_long_prompt_of_other_types_is_answered(recipe: str, tmp_path: Path) -> None:
+    """Of which ggml's own code for AMX makes an illegal instruction, compiled by GCC 12."""
+    demo = find_model("demo")
+    for path in (demo.text, demo.mmproj):
+        quantize_file(path, tmp_path / path.name, recipe)
+    question = "Describe the image in detail, and tell me all about this picture."
+    result = run("run", tmp_path, "-i", EXAMPLES / "horses.png", "-p", question, "--device", "cpu")
+    assert "three horses" in result.stdout
 
 
 def test_they_stay_away_from_other_types(float_model: Path) -> None:
