@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -20,9 +21,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "train"))
 
 import draw_examples  # noqa: E402
+import drawings  # noqa: E402
 import questions  # noqa: E402
 import scenes  # noqa: E402
 import testset  # noqa: E402
+from config import TrainError  # noqa: E402
 from phrases import LANGUAGES, English  # noqa: E402
 from questions import caption, correct, description  # noqa: E402
 from scenes import SPLITS, Scene, held_out, patch_labels, put, render, sample_scene  # noqa: E402
@@ -193,12 +196,12 @@ def test_the_styles_that_are_not_there_are_told(
     scenes._emoji.cache_clear()
     scenes._sprite.cache_clear()
     scene = scene_of("road", {4: "car"})
-    monkeypatch.setattr(scenes, "TWEMOJI", tmp_path)
-    with pytest.raises(FileNotFoundError, match="1f697.png.*testset.py OUT --style twemoji"):
+    monkeypatch.setattr(drawings, "CACHE", tmp_path)
+    with pytest.raises(FileNotFoundError, match="1f697.png.*train/drawings.py twemoji"):
         render(scene, 63, "twemoji")
-    with pytest.raises(ValueError, match="style is 'oil'.*noto, twemoji"):
+    with pytest.raises(ValueError, match="style is 'oil'.*noto, twemoji, fluent"):
         render(scene, 63, "oil")
-    monkeypatch.setattr(scenes, "FONT", tmp_path / "font.ttf")
+    monkeypatch.setattr(drawings, "FONT", tmp_path / "font.ttf")
     with pytest.raises(FileNotFoundError, match="font.ttf.*fonts-noto-color-emoji"):
         render(scene, 63)
 
@@ -753,17 +756,20 @@ def package(path: Path, names: list[str]) -> Path:
 def test_the_second_style_comes_from_a_package_that_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scenes, "TWEMOJI", tmp_path / "cache" / "drawings")
+    monkeypatch.setattr(drawings, "CACHE", tmp_path / "cache")
     emoji = [f"{ord(thing.emoji):04x}{'-fe0f' * (thing.emoji in '☂✈✂')}" for thing in THINGS]
     names = [f"package/img/twitter/64/{name}.png" for name in emoji]
     good = package(tmp_path / "good.tgz", names)
-    with pytest.raises(SystemExit, match="good.tgz: is not npm's emoji-datasource-twitter@"):
-        testset.fetch_drawings(good)
-    digest = testset.hashlib.sha256(good.read_bytes()).hexdigest()
-    monkeypatch.setattr(testset, "SHA256", digest)
-    testset.fetch_drawings(good)
-    assert len(list(scenes.TWEMOJI.iterdir())) == len(THINGS)
-    assert list(scenes.TWEMOJI.parent.iterdir()) == [scenes.TWEMOJI]
+    with pytest.raises(TrainError, match="good.tgz: is not npm's emoji-datasource-twitter@"):
+        drawings.fetch("twemoji", good)
+    twemoji = replace(
+        drawings.PACKAGES["twemoji"], sha256=hashlib.sha256(good.read_bytes()).hexdigest()
+    )
+    monkeypatch.setitem(drawings.PACKAGES, "twemoji", twemoji)
+    drawings.fetch("twemoji", good)
+    folder = drawings.folder("twemoji")
+    assert len(list(folder.iterdir())) == len(THINGS)
+    assert list(drawings.CACHE.iterdir()) == [folder]
     scenes._sprite.cache_clear()
     scenes._emoji.cache_clear()
     scene = scene_of("snow", {4: "umbrella"})
@@ -772,5 +778,44 @@ def test_the_second_style_comes_from_a_package_that_is_checked(
     scenes._emoji.cache_clear()
     lacking = package(tmp_path / "lacking.tgz", names[1:])
     (tmp_path / "other").mkdir()
-    with pytest.raises(SystemExit, match="lacking.tgz: has no drawing 1f40e.png"):
-        testset.unpack_drawings(lacking, tmp_path / "other")
+    with pytest.raises(TrainError, match="lacking.tgz: has no drawing of a horse"):
+        drawings.unpack(twemoji, lacking, tmp_path / "other")
+    with pytest.raises(TrainError, match="no style 'oil'; known are noto, twemoji, "):
+        drawings.fetch("oil")
+
+
+def test_several_styles_change_the_looks_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawings, "CACHE", tmp_path)
+    styles = ("noto", "fluent", "emojione")
+    looks = Counter()
+    for seed in range(300):
+        plain = sample_scene(np.random.default_rng(seed), "train")
+        styled = sample_scene(np.random.default_rng(seed), "train", styles)
+        back = (replace(thing, style="noto", variant=0) for thing in styled.placed)
+        assert replace(styled, placed=tuple(back)) == plain
+        for kind in styled.counts:
+            ((style, variant),) = {(thing.style, thing.variant) for thing in styled.of(kind)}
+            assert drawings.has(style, THINGS[kind])
+            looks[style, variant > 0] += 1
+    assert {style for style, _ in looks} == set(styles)
+    assert 0.4 < sum(looks[style, True] for style in styles) / looks.total() < 0.6
+    assert 0.45 < (looks["noto", True] + looks["noto", False]) / looks.total() < 0.62
+
+
+def test_a_changed_drawing_is_another_of_the_same_colour_and_labels_follow_it() -> None:
+    whole = scene_of("road", {4: "large apple"})
+    (apple,) = whole.placed
+    pictures, covered = [], set()
+    empty = np.asarray(render(Scene("road", (), 1), 126)).astype(int)
+    for variant in range(scenes.VARIANTS + 1):
+        scene = replace(whole, placed=(replace(apple, variant=variant),))
+        picture = np.asarray(render(scene, 126)).astype(int)
+        red, green, blue = np.median(picture[np.abs(picture - empty).sum(-1) > 60], 0)
+        assert red > 1.5 * max(green, blue)
+        pictures.append(picture)
+        covered.add(tuple((patch_labels(scene, 126, 14)[0] > 0).tolist()))
+    differences = [np.abs(a - b).max() for a, b in combinations(pictures, 2)]
+    assert min(differences) > 40
+    assert len(covered) > 3

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -40,8 +42,8 @@ def stages() -> Iterator[SimpleNamespace]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # more is slower at this size, and waits when others compute
     names = (
-        *("ablation", "answers", "config", "data", "demo", "dpo", "language", "loop", "model"),
-        *("pretrain", "questions", "scenes", "sft", "tokenizer", "tower"),
+        *("ablation", "answers", "config", "data", "demo", "dpo", "drawings", "language", "loop"),
+        *("model", "pretrain", "questions", "scenes", "sft", "tokenizer", "tower"),
     )
     yield SimpleNamespace(torch=torch, **{name: __import__(name) for name in names})
     torch.set_num_threads(before)
@@ -174,9 +176,31 @@ def test_pairs_differ_only_at_the_edits(stages: SimpleNamespace, micro: Any, don
         corrected = stages.questions.correct(scene, pair["rejected"], pair["language"])
         assert pair["chosen"] == corrected
         assert stages.questions.correct(scene, corrected, pair["language"]) == corrected
+        named = stages.dpo.LANGUAGES[pair["language"]].mentions
+        assert named(pair["rejected"]) - set(scene.counts)
+        assert not named(pair["chosen"]) - set(scene.counts)
     told = json.loads((done / "dpo" / "pairs.json").read_text())
     assert told["pairs"] == len(pairs) and told["answers"] == 2 * micro.dpo.pictures
     assert told["words_changed_mean"] > 0
+
+
+def test_the_loss_is_anchored_on_the_chosen_answer(
+    stages: SimpleNamespace, micro: Any, done: Path
+) -> None:
+    rows = [json.loads(line) for line in (done / "dpo" / "pairs.jsonl").read_text().splitlines()]
+    pairs = [stages.dpo.Preference(**row) for row in rows if "chunk" not in row][:4]
+    model = stages.model.load_checkpoint(done / "sft" / "model").eval()
+    task = stages.dpo.DpoTask(model, micro, 0.0, None)  # without a preference
+    batch = task.moved(list(map(stages.dpo.PairRows(pairs, micro, model).at, range(len(pairs)))))
+    with stages.torch.no_grad():
+        loss, numbers = task(batch)
+        known, tokens = task.log_probabilities(batch)
+    for pair, count in zip(pairs, tokens.tolist(), strict=True):
+        ids = [len(model.tokenizer.encode(text).ids) for text in (pair.chosen, pair.rejected)]
+        assert count == [n + 1 for n in ids]  # and the end
+    surprise = float((-known[:, 0] / tokens[:, 0]).mean())
+    assert float(numbers["chosen_loss"]) == pytest.approx(surprise)
+    assert float(loss) == pytest.approx(np.log(2) + micro.dpo.anchor * surprise, rel=1e-4)
 
 
 def test_a_minimal_edit_of_a_readable_answer(stages: SimpleNamespace, micro: Any) -> None:
@@ -206,6 +230,34 @@ def test_the_grid_is_chosen_by_hallucinations_that_cost_no_recall(stages: Simple
     assert choose(results, 0.9) == "good"
     assert choose(results, 0.99) == "idle"
     assert choose(results, None) == "careful"
+
+
+def test_styles_of_the_configuration(stages: SimpleNamespace, micro: Any) -> None:
+    def styled(*styles: str) -> Any:
+        data = dataclasses.replace(micro.data, styles=styles)
+        return dataclasses.replace(micro, data=data)
+
+    for styles, problem in ((("noto", "twemoji"), "for tests alone"), (("oil",), "no style 'oil'")):
+        with pytest.raises(stages.config.TrainError, match=problem):
+            stages.data.Scenes(styled(*styles), 126, "train")
+
+
+def test_icons_are_drawn(tmp_path: Path, stages: SimpleNamespace) -> None:
+    square = {"body": '<path fill="#f00" d="M4 4h8v8H4z"/>'}
+    names = {thing.one.replace(" ", "-") for thing in stages.scenes.THINGS}
+    icons = {name: square for name in names | set(stages.drawings._ICONS.values())}
+    known = {"icons": icons, "aliases": {"lion": {"parent": "lion-face"}}, "width": 16}
+    icons["lion-face"] = icons.pop("lion") | {"width": 32, "height": 32}
+    text = json.dumps(known).encode()
+    with tarfile.open(tmp_path / "icons.tgz", "w:gz") as archive:
+        member = tarfile.TarInfo("package/icons.json")
+        member.size = len(text)
+        archive.addfile(member, io.BytesIO(text))
+    stages.drawings.unpack(stages.drawings.PACKAGES["fluent"], tmp_path / "icons.tgz", tmp_path)
+    for name, box in (("1f40e", (32, 32, 96, 96)), ("1f981", (16, 16, 48, 48))):  # horse, lion
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.getbbox() == box
+            assert image.getpixel(box[:2]) == (255, 0, 0, 255)
 
 
 # --- going on -------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ class Data:
     """Rows of several question-answer pairs behind one picture, and how long they are there."""
 
     languages: tuple[str, ...] = ("en", "zh")
+    styles: tuple[str, ...] = ("noto",)  # of the drawings; with several they are changed, too
     tokens: int = 208
     caption_tokens: int = 144  # in stage 1
     workers: int = 1
@@ -121,18 +122,20 @@ class Tower(Stage):
 
 @dataclass(frozen=True)
 class Dpo(Stage):
-    """`pictures` are asked for the pairs; the grid's runs take `grid_steps` each.
+    """`pictures` are described for the pairs, each by some `answers`; the grid's runs take
+    `grid_steps` each; `anchor` is the weight of the chosen answer's own loss.
 
     `json` holds rows of image, question, chosen and rejected, if pairs are there already.
     """
 
     pictures: int = 4000
-    answers: int = 4  # a picture's: descriptions, and questions of other kinds
+    answers: int = 4
     temperature: float = 1.0
     limit: int = 160  # tokens of an answer
     beta: tuple[float, ...] = (0.1, 0.3)
     rates: tuple[float, ...] = (2e-5, 1e-4)
     grid_steps: int = 100
+    anchor: float = 1.0
 
 
 @dataclass(frozen=True)

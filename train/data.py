@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from config import Config, Stage, TrainError
+from drawings import UNSEEN, fetch
 from questions import Question, questions
 from scenes import Scene, render, sample_scene
 from tokenizer import ANSWER, HEAD, QUESTION
@@ -62,12 +63,18 @@ class Scenes:
     ) -> None:
         self.size, self.split, self.kinds = image_size, split, kinds
         self.languages = config.data.languages
+        # Validation is in the first style, as it is.
+        self.styles = config.data.styles if split == "train" else config.data.styles[:1]
+        for style in self.styles:
+            if style == UNSEEN:
+                raise TrainError(f"data.styles has {style!r}, which is for tests alone")
+            fetch(style)
         self.seed = (config.seed, stream, ("train", "validation", "test").index(split))
 
     def scene(self, index: int) -> tuple[Scene, Generator]:
         """Scene n, and the generator of everything else that is random about it."""
         rng = np.random.default_rng((*self.seed, index))
-        return sample_scene(rng, self.split), rng
+        return sample_scene(rng, self.split, self.styles), rng
 
     def pixels(self, scene: Scene, rng: Generator) -> np.ndarray:
         """uint8 [3, S, S]."""
@@ -75,11 +82,13 @@ class Scenes:
         return to_pixels(render(scene, round(self.size * zoom)), self.size)
 
     def asked(self, scene: Scene, rng: Generator) -> list[Question]:
-        """Questions in one language; if only some kinds are wanted, in all languages."""
+        """Questions in one language, a caption's first, because there is not always room for all;
+        if only some kinds are wanted, in all languages."""
         languages = list(self.languages) if self.kinds else [str(rng.choice(self.languages))]
         asked = [q for language in languages for q in questions(scene, rng, language)]
         asked = [q for q in asked if not self.kinds or q.kind in self.kinds]
-        return [asked[i] for i in rng.permutation(len(asked))]
+        mixed = [asked[i] for i in rng.permutation(len(asked))]
+        return sorted(mixed, key=lambda question: question.kind != "caption")
 
     def __call__(self, index: int) -> tuple[np.ndarray, list[Question]]:
         scene, rng = self.scene(index)

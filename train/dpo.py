@@ -1,8 +1,9 @@
 """Stage 3: direct preference optimization on minimal edits; projector and language model learn.
 
-The stage-2 model answers questions about training pictures by sampling. A teacher, which knows what
-was drawn, changes only what is wrong in an answer: the edited answer is chosen, the model's own
-rejected, and an answer without fault is dropped. OUT/dpo/pairs.jsonl keeps them, OUT/dpo/pairs.json
+The stage-2 model describes training pictures by sampling. A teacher, which knows what was drawn,
+changes only what is wrong in a description: the edited one is chosen, the model's own rejected.
+Only those that name a thing which is not there are kept: most errors are about places, and would
+drown what this stage is for. OUT/dpo/pairs.jsonl keeps the pairs, OUT/dpo/pairs.json
 tells how many there are and how little they differ. Each pair of beta and learning rate is tried
 for a short run (OUT/dpo/grid), and what hallucinates least on validation pictures, without naming
 fewer of the things that are there, is taken for the long one.
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from answers import AnswerTask, token_losses
 from config import Config, Dpo, TrainError
-from data import CAPTIONS, Batches, Example, Rows, Scenes, open_picture, read_rows, stack
+from data import Batches, Example, Rows, Scenes, open_picture, read_rows, stack
 from loop import stage_main, train
 from model import OmniVLM, load_checkpoint
 from phrases import LANGUAGES
@@ -61,17 +62,14 @@ def edits(rejected: str, chosen: str, language: str) -> int:
 def ask(
     model: OmniVLM, scenes: Scenes, pictures: Sequence[int], settings: Dpo
 ) -> tuple[list[Preference], int]:
-    """The pairs of some pictures, and how many answers there were. Half ask for descriptions."""
+    """The pairs of some pictures, and how many descriptions there were."""
     pixels, asked, which = [], [], []
     for place, picture in enumerate(pictures):
         scene, rng = scenes.scene(picture)
         pixels.append(scenes.pixels(scene, rng))
-        questions = scenes.asked(scene, rng)
-        questions.sort(key=lambda q: q.kind not in CAPTIONS)  # stable: these come first
-        half = settings.answers // 2
-        chosen = questions[:half] + questions[2:][: settings.answers - half]
-        asked += [(scene, question) for question in chosen]
-        which += [place] * len(chosen)
+        question = next(q for q in scenes.asked(scene, rng) if q.kind == "description")
+        asked += [(scene, question)] * settings.answers
+        which += [place] * settings.answers
     answers = model.answer(
         torch.from_numpy(np.stack(pixels)),
         [question.question for _, question in asked],
@@ -81,12 +79,11 @@ def ask(
     )
     pairs = []
     for (scene, question), place, answer in zip(asked, which, answers, strict=True):
-        edited = correct(scene, answer, question.language)
-        if answer and edited != answer:
-            pairs.append(
-                Preference(pictures[place], question.question, edited, answer, question.language)
-            )
-    return pairs, len(asked)
+        language = question.language
+        edited = correct(scene, answer, language)
+        if edited != answer and LANGUAGES[language].mentions(answer) - set(scene.counts):
+            pairs.append(Preference(pictures[place], question.question, edited, answer, language))
+    return list(dict.fromkeys(pairs)), len(asked)
 
 
 def collect(model: OmniVLM, config: Config, folder: Path) -> list[Preference]:
@@ -184,7 +181,9 @@ class PairRows:
 
 
 class DpoTask(AnswerTask):
-    """-log sigmoid(beta * how much more than before the chosen answer is preferred)."""
+    """-log sigmoid(beta * how much more than before the chosen answer is preferred), plus `anchor`
+    times the chosen answer's negative log-likelihood per token, without which both answers become
+    less likely, and right things are left out (arXiv 2404.19733)."""
 
     def __init__(
         self, model: OmniVLM, config: Config, beta: float, held_out: PairRows | None
@@ -193,21 +192,25 @@ class DpoTask(AnswerTask):
         super().__init__(model, parts, config, config.dpo, ())
         self.beta, self.held_out, self.config = beta, held_out, config
 
-    def log_probabilities(self, batch: dict[str, Tensor]) -> Tensor:
-        """[B, 2], of the chosen and of the rejected answer, without their header."""
+    def log_probabilities(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """[B, 2], of the chosen and of the rejected answer without their header, and how many
+        tokens [B, 2] each has."""
         losses, _ = token_losses(self.model, self.decode, self.image(batch), batch["row"])
-        losses = losses * (batch["weights"] >= 1)
-        segments = batch["row"][:, 1]
-        return torch.stack([-(losses * (segments == s)).sum(1) for s in (1, 2)], 1)
+        counted, segments = batch["weights"] >= 1, batch["row"][:, 1]
+        own = torch.stack([counted & (segments == s) for s in (1, 2)], 1)  # [B, 2, T]
+        return -(losses[:, None] * own).sum(2), own.sum(2)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Task`."""
-        gained = self.log_probabilities(batch) - batch["reference"]
+        known, tokens = self.log_probabilities(batch)
+        gained = known - batch["reference"]
         margin = self.beta * (gained[:, 0] - gained[:, 1])
-        return -F.logsigmoid(margin).mean(), {
+        surprise = (-known[:, 0] / tokens[:, 0]).mean()
+        return -F.logsigmoid(margin).mean() + self.config.dpo.anchor * surprise, {
             "preferred": (margin > 0).float().mean(),
             "margin": margin.detach().mean(),
             "chosen_gain": gained[:, 0].detach().mean(),
+            "chosen_loss": surprise.detach(),
         }
 
     def validate(self) -> dict[str, float]:
@@ -272,7 +275,7 @@ def remember(task: DpoTask, rows: PairRows, file: Path) -> None:
             ):
                 stop = min(start + task.batch, len(rows.pairs))
                 batch = task.moved([rows.at(i) for i in range(start, stop)])
-                known.append(task.log_probabilities(batch).cpu())
+                known.append(task.log_probabilities(batch)[0].cpu())
         fresh = file.with_suffix(".tmp")
         torch.save(torch.cat(known), fresh)
         os.replace(fresh, file)

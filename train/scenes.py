@@ -7,21 +7,18 @@ together (`held_out`) never come in training; every scene of the other splits ha
 """
 
 from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, combinations
 from math import pi
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
-from platformdirs import user_cache_path
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
+from drawings import drawing, has
 from things import COLOURS, KINDS, SETTINGS, THINGS
 
-FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-TWEMOJI = user_cache_path("omnivlm-edge-train") / "twemoji-16.0.0"  # filled by testset.py
-STYLES = ("noto", "twemoji")  # the second one is for tests alone
 SPLITS = ("train", "validation", "test")
 RELATIONS = ("left", "right", "above", "below", "on", "next")
 MAX_COUNT = 4
@@ -33,7 +30,8 @@ SMALL, LARGE = 0.23, 0.34  # a thing's size is below, above
 class Placed:
     """One drawn thing; `x`, `y` (its centre) and `size` are fractions of the picture's side.
 
-    `angle` is in degrees, counter-clockwise; `tint` a colour in which it is drawn, if not its own.
+    `angle` is in degrees, counter-clockwise; `tint` a colour in which it is drawn, if not its own;
+    `style` one of drawings.STYLES; `variant` the number of a change of the drawing (0: none).
     """
 
     kind: int
@@ -45,6 +43,8 @@ class Placed:
     mirrored: bool
     angle: int = 0
     tint: str = ""
+    style: str = "noto"
+    variant: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,9 @@ class Scene:
 BACKDROPS = 64  # drawings of each setting in training; the other splits have new ones
 HOME_SHARE = 0.75  # of the kinds are drawn from those at home in the setting
 PARTNER_SHARE = 0.4  # of those behind another: the other's neighbour in the setting's list
+CHANGED_SHARE = 0.5  # of the kinds, where several styles are wanted, look a little different
+VARIANTS = 8  # changes of each drawing
+VARIED_SIDE = 72  # pixels of a changed drawing
 _ANGLES = (-18, -12, -6, 6, 12, 18)
 _PAIR_RESIDUES = {"validation": 2, "test": 5}
 _NUMBER_RESIDUES = {"validation": 0, "test": 4}
@@ -242,8 +245,12 @@ def _seated(scene: Scene) -> Scene:
     return replace(scene, placed=tuple(placed)) if heights else scene
 
 
-def sample_scene(rng: np.random.Generator, split: str) -> Scene:
-    """A random scene of "train", "validation" or "test"; ValueError for another split."""
+def sample_scene(rng: np.random.Generator, split: str, styles: Sequence[str] = ("noto",)) -> Scene:
+    """A random scene of "train", "validation" or "test"; ValueError for another split.
+
+    With several styles half of the kinds are drawn in the first one, and some are changed: what
+    is there and where it stands does not depend on the styles.
+    """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: it must be one of {', '.join(SPLITS)}")
     setting = list(SETTINGS)[rng.integers(len(SETTINGS))]
@@ -287,7 +294,23 @@ def sample_scene(rng: np.random.Generator, split: str) -> Scene:
         marks=int(rng.integers(1, 2**31)) if marked < 0.4 else 0,
         blur=0.3 + 0.4 * radius if blurred < 0.25 else 0.0,
     )
-    return _seated(scene)
+    return _styled(_seated(scene), rng, styles) if len(styles) > 1 else _seated(scene)
+
+
+def _styled(scene: Scene, rng: np.random.Generator, styles: Sequence[str]) -> Scene:
+    """The scene with a style for each kind, and changed drawings for some."""
+    looks = {}
+    for kind, (first, which, changed, variant) in zip(
+        scene.counts, rng.random((len(scene.counts), 4)).tolist(), strict=True
+    ):
+        others = [style for style in styles[1:] if has(style, THINGS[kind])]
+        style = styles[0] if first < 0.5 or not others else others[int(which * len(others))]
+        looks[kind] = style, 1 + int(variant * VARIANTS) if changed < CHANGED_SHARE else 0
+    placed = []
+    for thing in scene.placed:
+        style, variant = looks[thing.kind]
+        placed.append(replace(thing, style=style, variant=variant))
+    return replace(scene, placed=tuple(placed))
 
 
 # ---- things -----------------------------------------------------------------------------------
@@ -312,34 +335,6 @@ _SHADES = {  # of the darkest, the middle and the lightest parts of a tinted thi
 }
 
 
-def twemoji_name(emoji: str) -> str:
-    """The name of an emoji's file in the folder TWEMOJI."""
-    return f"{ord(emoji):04x}.png"
-
-
-def _drawing(style: str, emoji: str) -> Image.Image:
-    """The emoji as the style draws it (RGBA); FileNotFoundError if the style is not installed."""
-    if style == "noto":
-        if not FONT.exists():
-            raise FileNotFoundError(
-                f"{FONT}: the font of the drawings is missing; install Debian's package "
-                "fonts-noto-color-emoji"
-            )
-        canvas = Image.new("RGBA", (160, 160))
-        font = ImageFont.truetype(FONT, 109)
-        ImageDraw.Draw(canvas).text((10, 10), emoji, font=font, embedded_color=True)
-        return canvas
-    if style == "twemoji":
-        path = TWEMOJI / twemoji_name(emoji)
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path}: the drawings of the second style are missing; "
-                "`python train/testset.py OUT --style twemoji` fetches them"
-            )
-        return Image.open(path).convert("RGBA")
-    raise ValueError(f"style is {style!r}: it must be one of {', '.join(STYLES)}")
-
-
 def _tinted(drawing: Image.Image, tint: str) -> Image.Image:
     """The drawing in shades of one colour, which its median becomes."""
     alpha = np.asarray(drawing.getchannel("A"))
@@ -352,46 +347,83 @@ def _tinted(drawing: Image.Image, tint: str) -> Image.Image:
     return Image.fromarray(np.dstack((rgb.astype(np.uint8), alpha)), "RGBA")
 
 
-@lru_cache(maxsize=1024)
-def _emoji(style: str, kind: int, tint: str, half: bool) -> Image.Image:
+def _varied(image: Image.Image, seed: tuple[int, ...], recolour: bool) -> Image.Image:
+    """The drawing (RGBA) as another hand might have drawn it: bent, flatter, in other colours.
+
+    With `recolour` its hue may be any; else it stays near what it is.
+    """
+    rng = np.random.default_rng(seed)
+    corners = np.array(((0, 0), (0, 1), (1, 1), (1, 0))) + rng.uniform(-0.14, 0.14, (4, 2))
+    bent = (corners * image.size).ravel().tolist()
+    image = image.transform(image.size, Image.Transform.QUAD, bent, Image.Resampling.BICUBIC)
+    alpha, rgb = image.getchannel("A"), image.convert("RGB")
+    flat, levels, hue, any_hue, *strengths = rng.random(7).tolist()
+    if flat < 0.5:  # without shades, highlights and thin lines
+        rgb = rgb.filter(ImageFilter.MedianFilter(5))
+        rgb = rgb.quantize(3 + int(6 * levels)).convert("RGB")
+    span = 255 if recolour and any_hue < 0.6 else 12
+    h, s, v = rgb.convert("HSV").split()
+    turn = int((hue - 0.5) * span)
+    rgb = Image.merge("HSV", (h.point(lambda x: (x + turn) % 256), s, v)).convert("RGB")
+    saturation = (0.1, 1.6) if recolour else (0.6, 1.4)
+    for enhance, (low, high), strength in zip(
+        (ImageEnhance.Color, ImageEnhance.Contrast, ImageEnhance.Brightness),
+        (saturation, (0.65, 1.3), (0.75, 1.15)),
+        strengths,
+        strict=True,
+    ):
+        rgb = enhance(rgb).enhance(low + (high - low) * strength)
+    rgb.putalpha(alpha)
+    return rgb
+
+
+@lru_cache(maxsize=8192)
+def _emoji(style: str, kind: int, tint: str, variant: int, half: bool) -> Image.Image:
     """The thing as the style draws it, maybe at half that size, in a centred square (RGBA)."""
     if half:
-        return _emoji(style, kind, tint, False).reduce(2)
-    drawing = _drawing(style, THINGS[kind].emoji)
-    tight = drawing.crop(drawing.getbbox())
+        return _emoji(style, kind, tint, variant, False).reduce(2)
+    thing = THINGS[kind]
+    whole = drawing(style, thing)
+    tight = whole.crop(whole.getbbox())
     tight = _tinted(tight, tint) if tint else tight
-    return ImageOps.pad(tight, (max(tight.size),) * 2, color=(0, 0, 0, 0))
+    square = ImageOps.pad(tight, (max(tight.size),) * 2, color=(0, 0, 0, 0))
+    if not variant:
+        return square
+    square = square.resize((VARIED_SIDE,) * 2, Image.Resampling.LANCZOS)
+    return _varied(square, (kind, variant), not (tint or thing.colour))
 
 
 @lru_cache(maxsize=16384)
 def _sprite(
-    style: str, kind: int, tint: str, pixels: int, mirrored: bool, angle: int
+    style: str, kind: int, tint: str, variant: int, pixels: int, mirrored: bool, angle: int
 ) -> Image.Image:
     """The thing at a size, maybe mirrored and turned (RGBA); turned, it gets larger borders."""
-    drawing = _emoji(style, kind, tint, False)
-    if drawing.width > 2.5 * pixels:  # half as large, it is resized four times as fast
-        drawing = _emoji(style, kind, tint, True)
-    sprite = drawing.resize((pixels, pixels), Image.Resampling.LANCZOS)
+    image = _emoji(style, kind, tint, variant, False)
+    if image.width > 2.5 * pixels:  # half as large, it is resized four times as fast
+        image = _emoji(style, kind, tint, variant, True)
+    sprite = image.resize((pixels, pixels), Image.Resampling.LANCZOS)
     sprite = ImageOps.mirror(sprite) if mirrored else sprite
     return sprite.rotate(angle, Image.Resampling.BICUBIC, expand=True) if angle else sprite
 
 
 @lru_cache(maxsize=16384)
-def _mask(kind: int, pixels: int, mirrored: bool, angle: int) -> Image.Image:
+def _mask(
+    style: str, kind: int, variant: int, pixels: int, mirrored: bool, angle: int
+) -> Image.Image:
     """Where the thing covers what is behind it (L, 0 or 255)."""
-    alpha = _sprite("noto", kind, "", pixels, mirrored, angle).getchannel("A")
+    alpha = _sprite(style, kind, "", variant, pixels, mirrored, angle).getchannel("A")
     return alpha.point(lambda value: 255 * (value > 127))
 
 
-def _drawn(scene: Scene, size: int) -> list[tuple[Placed, int, tuple[int, int]]]:
-    """The things in the order in which they are drawn, with their sides and upper left corners."""
-    drawn = []
-    for thing in sorted(scene.placed, key=lambda thing: scene.seat(thing) is not None):
-        side = round(thing.size * size)
-        turned = _mask(thing.kind, side, thing.mirrored, thing.angle).width
-        corner = round(thing.x * size - turned / 2), round(thing.y * size - turned / 2)
-        drawn.append((thing, side, corner))
-    return drawn
+def _drawn(scene: Scene, size: int) -> list[tuple[Placed, int]]:
+    """The things in the order in which they are drawn, with their sides in pixels."""
+    drawn = sorted(scene.placed, key=lambda thing: scene.seat(thing) is not None)
+    return [(thing, round(thing.size * size)) for thing in drawn]
+
+
+def _corner(thing: Placed, size: int, turned: int) -> tuple[int, int]:
+    """The upper left corner of a sprite which, turned, is so many pixels wide."""
+    return round(thing.x * size - turned / 2), round(thing.y * size - turned / 2)
 
 
 # ---- settings ---------------------------------------------------------------------------------
@@ -669,8 +701,8 @@ def _mark(image: Image.Image, seed: int) -> None:
 # ---- pictures and labels ----------------------------------------------------------------------
 
 
-def render(scene: Scene, size: int, style: str = "noto") -> Image.Image:
-    """The scene as an RGB picture of size x size pixels.
+def render(scene: Scene, size: int, style: str = "") -> Image.Image:
+    """The scene as an RGB picture of size x size pixels, all of it in one style if that is given.
 
     Raises FileNotFoundError if the style's drawings are not installed.
     """
@@ -681,9 +713,12 @@ def render(scene: Scene, size: int, style: str = "noto") -> Image.Image:
         image = image.point(table.ravel().tolist())
     if scene.marks:
         _mark(image, scene.marks)
-    for thing, side, corner in _drawn(scene, size):
-        sprite = _sprite(style, thing.kind, thing.tint, side, thing.mirrored, thing.angle)
-        image.paste(sprite, corner, sprite)
+    for thing, side in _drawn(scene, size):
+        look = (style, thing.kind, thing.tint, 0)
+        if not style:
+            look = (thing.style, thing.kind, thing.tint, thing.variant)
+        sprite = _sprite(*look, side, thing.mirrored, thing.angle)
+        image.paste(sprite, _corner(thing, size, sprite.width), sprite)
     return image.filter(ImageFilter.GaussianBlur(scene.blur * size / 126)) if scene.blur else image
 
 
@@ -695,8 +730,10 @@ def patch_labels(scene: Scene, image_size: int, patch: int) -> np.ndarray:
     and last row for too little to tell.
     """
     cover = Image.new("L", (image_size, image_size))
-    for thing, side, corner in _drawn(scene, image_size):
-        cover.paste(thing.kind + 1, corner, _mask(thing.kind, side, thing.mirrored, thing.angle))
+    for thing, side in _drawn(scene, image_size):
+        look = (thing.style, thing.kind, thing.variant)
+        mask = _mask(*look, side, thing.mirrored, thing.angle)
+        cover.paste(thing.kind + 1, _corner(thing, image_size, mask.width), mask)
     grid = image_size // patch
     side = grid * patch
     pixels = np.asarray(cover)[:side, :side].reshape(grid, patch, side)

@@ -3,90 +3,32 @@
 python train/testset.py testset --split test -n 500
 python train/testset.py testset-twemoji --split test -n 500 --style twemoji
 
-The second style's drawings are Twemoji's (CC-BY 4.0), from an npm package of fixed version and
-digest, which `npm pack` fetches. Answers to POPE's questions are half yes, half no. The things of
-the no's are random ones, the commonest of the training that the picture lacks ("popular"), or
-those which in the training most often stand beside what it shows ("adversarial").
+Twemoji is the style that no training shows. Answers to POPE's questions are half yes, half no. The
+things of the no's are random ones, the commonest of the training that the picture lacks
+("popular"), or those which in the training most often stand beside what it shows ("adversarial").
 """
 
 import argparse
-import hashlib
 import json
 import shutil
-import subprocess
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
-import scenes
+from config import TrainError
+from drawings import STYLES, fetch
 from questions import questions
-from scenes import SPLITS, STYLES, Scene, render, sample_scene, twemoji_name
+from scenes import SPLITS, Scene, render, sample_scene
 from things import THINGS
 
 SIZE = 252  # pixels; the model under test does its own resizing
 PRIOR_SCENES = 20_000  # of the training, for what is common and what stands together
-PACKAGE = "emoji-datasource-twitter@16.0.0"
-SHA256 = "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
 POPE = {
     "en": ("Is there {a} {name} in the image?", "yes", "no"),
     "zh": ("图片中有{name}吗？", "yes", "no"),
 }
-
-
-# ---- the second style -------------------------------------------------------------------------
-
-
-def fetch_drawings(archive: Path | None) -> None:
-    """Put the drawings of the second style where scenes.py looks for them, unless they are there.
-
-    Takes them from `archive`, or from the npm registry. SystemExit says what to do if it cannot.
-    """
-    if scenes.TWEMOJI.exists():
-        return
-    scenes.TWEMOJI.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scenes.TWEMOJI.parent) as name:
-        folder = Path(name)
-        archive = archive or _npm_pack(folder)
-        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-        if digest != SHA256:
-            raise SystemExit(
-                f"{archive}: is not npm's {PACKAGE} (its sha256 is {digest}, not {SHA256}); "
-                "get it with `npm pack`"
-            )
-        (folder / "drawings").mkdir()
-        unpack_drawings(archive, folder / "drawings")
-        (folder / "drawings").rename(scenes.TWEMOJI)
-
-
-def _npm_pack(folder: Path) -> Path:
-    """The package's archive, fetched into the folder."""
-    try:
-        subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise SystemExit(
-            f"{PACKAGE} cannot be fetched ({error}): run `npm pack {PACKAGE}` where npm works "
-            "and give the file to --archive"
-        ) from error
-    return next(folder.glob("*.tgz"))
-
-
-def unpack_drawings(archive: Path, folder: Path) -> None:
-    """Write the drawing of every thing from the package's archive; SystemExit if one lacks."""
-    wanted = {twemoji_name(thing.emoji) for thing in THINGS}
-    with tarfile.open(archive) as package:
-        for member in package:
-            # "2602-fe0f.png": the variation selector asks for the coloured picture of ☂
-            name = Path(member.name).name.replace("-fe0f", "")
-            if Path(member.name).parent.name == "64" and name in wanted:
-                file = package.extractfile(member)
-                assert file is not None  # a picture is a regular file
-                (folder / name).write_bytes(file.read())
-                wanted.remove(name)
-    if wanted:
-        raise SystemExit(f"{archive}: has no drawing {', '.join(sorted(wanted))}")
 
 
 # ---- POPE -------------------------------------------------------------------------------------
@@ -207,13 +149,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("-n", "--scenes", type=int, default=500)
     parser.add_argument("--style", choices=STYLES, default="noto")
-    parser.add_argument("--archive", type=Path, help=f"npm's {PACKAGE}, if it is there already")
     parser.add_argument("--seed", type=int, default=2024)
     args = parser.parse_args(argv)
     if args.folder.exists():
         raise SystemExit(f"{args.folder}: is there already; remove it, or name another folder")
-    if args.style == "twemoji":
-        fetch_drawings(args.archive)
+    try:
+        fetch(args.style)
+    except TrainError as error:
+        raise SystemExit(f"error: {error}") from None
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=args.folder.name, dir=args.folder.parent))
     try:
