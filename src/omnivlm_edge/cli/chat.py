@@ -122,6 +122,7 @@ class ChatLoop:
         self._chat.add_images(*pictures)
         for picture in pictures:
             _say(describe(self._engine, picture))
+        self._output.doubts(self._engine, pictures)
         if not self._engine.takes_questions:
             self._ask("")
 

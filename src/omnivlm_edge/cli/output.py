@@ -66,6 +66,17 @@ class Output:
                 )
             click.echo(f"(cut off after {answer.completion_tokens} tokens: see -n)", err=True)
 
+    def doubts(self, engine: OmniVLM, pictures: Sequence[Picture]) -> None:
+        """Says which pictures the demo had better not be asked about."""
+        if self.model != "demo":
+            return
+        from ..photographs import out_of_depth
+
+        for picture in pictures:
+            if out_of_depth(engine, picture):
+                text = f"({picture.name}: looks like a photograph; the demo knows drawings alone, "
+                click.echo(text + "and guesses)", err=True)
+
     def choices(
         self, engine: OmniVLM, chances: dict[str, float], images: Sequence[ImageEmbedding]
     ) -> None:

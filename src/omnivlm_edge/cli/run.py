@@ -123,10 +123,12 @@ def run(
             embeddings = [engine.encode(picture) for picture in pictures]
             chances = engine.choose(embeddings, prompt, wanted.choices, system=wanted.system)
             output.choices(engine, chances, embeddings)
+            output.doubts(engine, pictures)
         elif prompt is not None:
             output.answer(
                 engine, engine.generate(pictures, prompt, options, system=wanted.system), options
             )
+            output.doubts(engine, pictures)
         else:
             from .chat import ChatLoop
 
