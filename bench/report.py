@@ -58,8 +58,8 @@ def loss_table() -> str:
         )
     lines += [
         "",
-        f"The demo model on the pictures of {record['pictures']} held-out scenes and their "
-        f"{record['questions']:,} questions; {_commits(rows.values())}. From "
+        f"The demo model of that time on the pictures of {record['pictures']} held-out scenes and "
+        f"their {record['questions']:,} questions; {_commits(rows.values())}. From "
         "`bench/results/quantization.jsonl`.",
     ]
     return "\n".join(lines)
@@ -126,19 +126,69 @@ def _quantizations(model: str) -> dict[tuple[str, bool], dict[str, Any]]:
     return {key: found[key] for key in order}
 
 
+def _evaluation(name: str) -> dict[str, Any]:
+    """The scores in a result.json of `omnivlm-edge eval`."""
+    found = json.loads((RESULTS / "eval" / f"{name}.json").read_text())["scores"]
+    assert isinstance(found, dict)
+    return found
+
+
 def accuracy_table() -> str:
-    """Scores of the demo model on held-out scenes, through the GGUF runtime."""
-    record = json.loads((RESULTS / "demo_accuracy.json").read_text())
-    lines = [f"| {record['scenes']} held-out scenes | right |", "|---|---|"]
-    for label, key in (
-        ("description: the right kinds of things", "caption_things"),
-        ("description: and the right numbers", "caption_counts"),
-        ("how many …?", "count"),
-        ("is there …? (half of the answers are no)", "yesno"),
-        ("where is …?", "where"),
+    """What the demo answers rightly, in short."""
+    held_out, unseen = _evaluation("demo"), _evaluation("demo_twemoji")
+    lines = ["| | English | Chinese |", "|---|---|---|"]
+    for label, scores, kind in (
+        ("captions: all things and their numbers", held_out, "caption"),
+        ("how many …?", held_out, "count"),
+        ("is there …?", held_out, "yesno"),
+        ("where is …?", held_out, "where"),
+        ("all questions", held_out, "all"),
+        ("is there …?, in the unseen style", unseen, "yesno"),
     ):
-        lines.append(f"| {label} | {record['accuracy'][key]:.1%} |")
+        shares = [scores["questions"][f"{kind}, {code}"]["accuracy"] for code in ("en", "zh")]
+        lines.append(f"| {label} | " + " | ".join(f"{s['value']:.1%}" for s in shares) + " |")
     return "\n".join(lines)
+
+
+def score_table() -> str:
+    """All scores of the demo: both styles, both languages."""
+    results = [_evaluation("demo"), _evaluation("demo_twemoji")]
+    columns = [(scores, code) for scores in results for code in ("en", "zh")]
+    lines = [
+        "| right | English | Chinese | unseen style, English | unseen style, Chinese |",
+        "|---|---|---|---|---|",
+    ]
+
+    def row(label: str, cells: Iterable[str]) -> str:
+        return f"| {label} | " + " | ".join(cells) + " |"
+
+    for kind in (
+        *("caption", "count", "yesno", "where", "colour", "relation", "setting", "list"),
+        *("unanswerable", "all"),
+    ):
+        found = [scores["questions"][f"{kind}, {code}"]["accuracy"] for scores, code in columns]
+        lines.append(row(kind, (f"{s['value']:.1%} of {s['n']:,}" for s in found)))
+    for sampling in ("random", "popular", "adversarial"):
+        groups = [
+            scores["POPE"][sampling if code == "en" else f"{sampling}, {code}"]
+            for scores, code in columns
+        ]
+        cells = (f"{g['F1']:.3f} (yes {g['yes rate']['value']:.1%})" for g in groups)
+        lines.append(row(f"POPE {sampling}, F1", cells))
+    return "\n".join([*lines, *_description_rows(columns)])
+
+
+def _description_rows(columns: Sequence[tuple[dict[str, Any], str]]) -> list[str]:
+    """What descriptions name that is not there, and what they leave out."""
+    found = [scores["descriptions"][f"description, {code}"] for scores, code in columns]
+    rows = [("things hallucinated in a description", [f"{f['hallucinated']:.3f}" for f in found])]
+    for label, name in (
+        ("descriptions that hallucinate (CHAIR_s)", "CHAIR_s"),
+        ("things hallucinated, of those named (CHAIR_i)", "CHAIR_i"),
+        ("things named, of those there", "recall"),
+    ):
+        rows.append((label, [f"{f[name]['value']:.1%}" for f in found]))
+    return [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows]
 
 
 def serve_table() -> str:

@@ -383,7 +383,7 @@ def test_several_prompts_choices_and_schema(photos: Path, tmp_path: Path) -> Non
     assert found["001", "Is there an egg?"]["answer"] == "yes"
 
     out = tmp_path / "schema.jsonl"
-    schema = '{"enum": ["There are two carrots.", "There is one carrot."]}'
+    schema = '{"enum": ["There are no carrots.", "There are two carrots."]}'
     prompts = tmp_path / "t.jsonl"
     fields = {"image": str(photos / "001.png"), "q": "How many carrots?"}
     prompts.write_text(json.dumps(fields))

@@ -88,7 +88,7 @@ def test_a_record_says_what_was_measured_and_where(record: dict[str, Any]) -> No
     assert record["model_sha256"] == bench.digest_file(DEMO.text)
     assert record["mmproj_sha256"] == bench.digest_file(DEMO.mmproj)
     assert record["model_size"] == DEMO.text.stat().st_size
-    assert record["model_n_params"] + record["mmproj_n_params"] == 5_850_624
+    assert record["model_n_params"] + record["mmproj_n_params"] == 8_183_808
     assert record["picture"] == {
         "name": "horses.png", "format": "PNG", "width": 768, "height": 768
     }  # fmt: skip
@@ -179,7 +179,7 @@ def test_table_csv_and_json_say_the_same(record: dict[str, Any]) -> None:
     cells = [cell.strip() for cell in table[7].strip("|").split("|")]
     decode = record["stages"][5]
     precision = f"auto ({record['vision_precision_used']})"
-    assert cells[:6] == ["demo-F16", "11.8", "CPU", precision, "1", "decode 3"]
+    assert cells[:6] == ["demo-F16", "16.5", "CPU", precision, "1", "decode 3"]
     assert cells[6] == f"{decode['min_ns'] / 1e6:.2f}"
     assert cells[8] == f"{decode['avg_ns'] / 1e6:.2f} ± {decode['stddev_ns'] / 1e6:.2f}"
     assert cells[9] == f"{decode['avg_ts']:.2f} ± {decode['stddev_ts']:.2f}"

@@ -34,7 +34,13 @@ from tiny_gguf import write_gguf, write_mmproj
 HORSES = Path(__file__).parents[1] / "examples" / "horses.png"
 TEXT = "omnivision-text-optimized-llm-Q8_0.gguf"
 VISION = "omnivision-text-optimized-mmproj-f16.gguf"
+SOURCE = "omnivision-text-optimized-llm-f16.gguf"
 CHUNK = 10 * 2**20  # what huggingface_hub writes at once
+
+
+def megabytes(*names: str, hub: FakeHub) -> str:
+    """As messages give the size of published files."""
+    return f"{sum(len(hub.repos[REPO][name]) for name in names) / 1e6:.0f} MB"
 
 
 @pytest.fixture
@@ -126,7 +132,9 @@ def test_quantization_by_tag(hub: FakeHub, hub_cli: Cli) -> None:
     result = hub_cli("pull", "omnivision:q8_0")
     assert pulled(result) == [text.with_name(TEXT), vision]
     assert re.fullmatch(
-        r"The vision file is not published as Q8_0: using F16 \(8 MB\)\. .*--yes.*\n", result.stderr
+        "The vision file is not published as Q8_0: using F16 "
+        rf"\({megabytes(VISION, hub=hub)}\)\. .*--yes.*\n",
+        result.stderr,
     )
 
 
@@ -257,7 +265,8 @@ def test_too_little_space(hub: FakeHub, hub_env: dict[str, str], cache: Path) ->
         "from omnivlm_edge.hub import resolve\nresolve('omnivision')"
     )
     stderr = python(hub_env, code).stderr
-    assert "12 MB are to be downloaded and 2 MB are free; make room, or set HF_HOME" in stderr
+    needed = megabytes(TEXT, VISION, hub=hub)
+    assert f"{needed} are to be downloaded and 2 MB are free; make room, or set HF_HOME" in stderr
     assert hub.downloads() == []
 
 
@@ -338,7 +347,8 @@ def test_what_is_not_published_is_offered(hub: FakeHub, hub_cli: Cli) -> None:
     assert result.returncode == 1
     assert result.stderr == (
         "Error: omnivision:q4_k_m: is not published (published: F16, Q8_0); `omnivlm-edge pull "
-        "omnivision:q4_k_m --yes` makes it here, once, from the F16 file of 3 MB\n"
+        "omnivision:q4_k_m --yes` makes it here, once, from the F16 file of "
+        f"{megabytes(SOURCE, hub=hub)}\n"
     )
     assert hub.downloads() == []
     for name in list(hub.repos[REPO]):
@@ -352,10 +362,9 @@ def test_made_once_and_again_when_the_source_changed(
     hub: FakeHub, hub_cli: Cli, hub_env: dict[str, str], tmp_path: Path
 ) -> None:
     made = tmp_path / "own" / "models" / "NexaAI--OmniVLM-968M"
-    source = "omnivision-text-optimized-llm-f16.gguf"
     text, vision = pulled(python(hub_env, MAKE.format(vision=True)))
     name = "omnivision-text-optimized-llm-Q4_K_M.gguf"
-    assert text == made / sha256(hub.repos[REPO][source])[:12] / name
+    assert text == made / sha256(hub.repos[REPO][SOURCE])[:12] / name
     assert vision.name == "mmproj-omnivision-text-optimized-Q4_K_M.gguf"
     hub.requests.clear()
     assert pulled(hub_cli("pull", "omnivision:q4_k_m")) == [text, vision]
@@ -364,18 +373,19 @@ def test_made_once_and_again_when_the_source_changed(
     assert str(text) in shown.stdout
     assert str(vision) in shown.stdout
 
-    hub.repos[REPO][source] += b"newer"
+    hub.repos[REPO][SOURCE] += b"newer"
     assert "is not published" in hub_cli("pull", "omnivision:q4_k_m").stderr
     newer, _ = pulled(python(hub_env, MAKE.format(vision=False)))
-    assert newer == made / sha256(hub.repos[REPO][source])[:12] / name
+    assert newer == made / sha256(hub.repos[REPO][SOURCE])[:12] / name
     assert not text.exists()
     assert vision.exists()
 
 
-def test_a_terminal_is_asked(hub_env: dict[str, str]) -> None:
+def test_a_terminal_is_asked(hub: FakeHub, hub_env: dict[str, str]) -> None:
     arguments = [*COMMAND[1:], "pull", "omnivision:q4_k_m"]
     with pexpect.spawn(COMMAND[0], arguments, env=hub_env, encoding="utf-8") as terminal:
-        terminal.expect_exact("make it here, once, from the F16 file of 3 MB? [y/N]:", timeout=60)
+        question = f"make it here, once, from the F16 file of {megabytes(SOURCE, hub=hub)}? [y/N]:"
+        terminal.expect_exact(question, timeout=60)
         terminal.sendline("n")
         terminal.expect(pexpect.EOF, timeout=60)
         assert "Error: omnivision:q4_k_m: is not published" in terminal.before

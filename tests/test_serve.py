@@ -25,6 +25,7 @@ import openai
 import pytest
 import schemathesis
 import uvicorn
+from gguf import GGUFReader
 from openai import OpenAI
 from PIL import Image
 from schemathesis import GenerationMode
@@ -32,6 +33,7 @@ from schemathesis.checks import positive_data_acceptance
 from uvicorn.server import ServerState
 
 from command import COMMAND
+from fake_hub import DEMO
 from omnivlm_edge import GenerateOptions, ImageError, ModelFileError, OmniVLM, Turn
 from omnivlm_edge.models import find_model
 from omnivlm_edge.scheduler import Scheduler
@@ -53,7 +55,9 @@ from serving import (
     user,
 )
 
-ENDS = ("597", "599")  # the demo's tokens that end an answer
+_FIELD = GGUFReader(DEMO / "demo-F16.gguf").fields["tokenizer.ggml.tokens"]
+TOKENS = {str(text): str(number) for number, text in enumerate(_FIELD.contents())}
+ENDS = (TOKENS["<|im_end|>"], TOKENS["<|endoftext|>"])  # end an answer
 LONG = 150  # tokens: an answer that is still running when the test does something
 
 
@@ -355,7 +359,7 @@ def test_an_answer_that_was_begun_is_continued(client: OpenAI) -> None:
 
 
 def test_no_more_tokens_than_fit(client: OpenAI, engine_demo: OmniVLM) -> None:
-    message = user("Tell me a story.")
+    message = user("Is there a horse?")
     usual = ask(client, message)
     for more in (10**9, -1):
         assert text_of(ask(client, message, max_tokens=more)) == text_of(usual)
@@ -367,7 +371,7 @@ def test_no_more_tokens_than_fit(client: OpenAI, engine_demo: OmniVLM) -> None:
 
 def test_penalties_and_biases(client: OpenAI) -> None:
     message = user("Describe the image", HORSES)
-    ducks = ask(client, message, logit_bias={"507": 100}, max_tokens=5)
+    ducks = ask(client, message, logit_bias={TOKENS["Ġducks"]: 100}, max_tokens=5)
     assert text_of(ducks) == " ".join(["ducks"] * 5)
     on_and_on = {"logit_bias": {token: -100 for token in ENDS}, "max_tokens": 100}
     usual = text_of(ask(client, message, **on_and_on))

@@ -36,8 +36,9 @@ def files_under(path: Path) -> list[str]:
 
 def test_list_of_a_new_user(hub_cli: Cli) -> None:
     result = hub_cli("ls")
+    size = sum(path.stat().st_size for path in DEMO.glob("*.gguf"))
     assert result.stdout == (
-        "NAME  TEXT  VISION  SIZE   WHERE\ndemo  F16   F16     12 MB  package\n"
+        f"NAME  TEXT  VISION  SIZE   WHERE\ndemo  F16   F16     {size / 1e6:.0f} MB  package\n"
     )
     assert hub_cli("list").stdout == result.stdout
     assert hub_cli("ls", HF_HUB_OFFLINE="1").stdout == result.stdout
@@ -80,13 +81,13 @@ def test_show(hub_cli: Cli) -> None:
     assert vision["image_size"] == 126
     assert vision["image_tokens"] == 9
     assert vision["variant"] == "vlm-81-instruct"
-    assert text["parameters"] + vision["parameters"] == 5_850_624  # README: 5.9 M
+    assert text["parameters"] + vision["parameters"] == 8_183_808  # README: 8.2 M
     for part in (text, vision):
         assert part["size"] == Path(part["file"]).stat().st_size
     files = (inspect_file(Path(part["file"])) for part in (text, vision))
     assert whole["memory"] == memory_needed(*files, 2048)
     lines = hub_cli("show", "demo").stdout.splitlines()
-    assert "  parameters      1,731,584" in lines
+    assert "  parameters      2,749,696" in lines
     assert "  image size      126x126 pixels" in lines
 
     assert json.loads(hub_cli("show", DEMO, "--json").stdout)["memory"] == whole["memory"]
@@ -143,7 +144,7 @@ def test_remove_a_whole_model(hub_cli: Cli, tmp_path: Path) -> None:
     other.touch()
     result = hub_cli("rm", "omnivision")
     assert result.returncode == 0
-    assert result.stdout == "Removed omnivision: 27 MB freed.\n"
+    assert result.stdout == "Removed omnivision: 39 MB freed.\n"
     assert listing(hub_cli).keys() == {"demo"}
     assert files_under(tmp_path / "hf") == ["model.bin"]
     assert "hf:bert/base: is not on this machine" in hub_cli("rm", "hf:bert/base").stderr
