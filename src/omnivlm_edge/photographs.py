@@ -47,6 +47,6 @@ def out_of_depth(engine: OmniVLM, picture: Picture) -> bool:
     """Whether a picture looks like a photograph and the demo is unsure of what it shows.
 
     So it was with 23 of 27 photographs (of scikit-image, scikit-learn, Matplotlib and Debian's
-    mate-backgrounds), and with 12 of the 1,000 scenes of `make eval-demo`.
+    mate-backgrounds), and with 6 of the 1,000 scenes of `make eval-demo`.
     """
     return likeness(picture.image) > LIKENESS and doubt(engine, picture) > DOUBT
