@@ -293,9 +293,18 @@ def test_an_answer_that_a_grammar_admits_is_the_same_without() -> None:
         bound = model.answer(horses, "Describe the image", options)
         assert bound.text == free.text
         assert bound.finish_reason == "stop"
-        schema = json_schema_grammar({"enum": ["There is one duck.", "There are two ducks."]})
+        admitted = ["There is one duck.", "There are two ducks."]
+        schema = json_schema_grammar({"enum": admitted})
         answer = model.answer(horses, "How many ducks?", GenerateOptions(grammar=schema))
-        assert json.loads(answer.text) == "There is one duck."
+        assert json.loads(answer.text) in admitted
+
+
+def test_integers_keep_their_bounds() -> None:
+    bounded = {"type": "integer", "minimum": 98, "maximum": 101}
+    schema = {"type": "object", "properties": {"minimum": bounded}, "required": ["minimum"]}
+    grammar = json_schema_grammar(schema)
+    assert all(f'"{number}"' in grammar for number in range(98, 102))
+    assert "102" not in grammar and "97" not in grammar
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_a_question_may_show_several_pictures_or_none(tmp_path: Path) -> None:
 
 
 def test_the_demo_scores_as_it_answers(tmp_path: Path) -> None:
-    """It knows the examples, and that a question may have no answer."""
+    """It knows the examples; of an egg that is not there it may be wrong."""
     out = tmp_path / "out"
     assert evaluate("testset", write_testset(tmp_path / "data"), out).returncode == 0
     answers = {
@@ -94,8 +94,10 @@ def test_the_demo_scores_as_it_answers(tmp_path: Path) -> None:
     assert answers["images/000000.png", "Describe the image"] == CAPTION
     scores = result_of(out)["scores"]
     right = {name: row["accuracy"]["value"] for name, row in scores["questions"].items()}
-    for kind in ("caption", "count", "yesno", "list", "unanswerable"):
+    for kind in ("caption", "count", "yesno", "list"):
         assert right[f"{kind}, en"] == 1, kind
+    denied = "no egg" in answers["images/000000.png", "Where is the egg?"]
+    assert right["unanswerable, en"] == denied
     assert right["where, en"] == 0  # the test set claims that the duck is on the moon
     for sampling in ("random", "popular", "adversarial"):
         assert scores["POPE"][sampling]["F1"] == 1
