@@ -299,9 +299,10 @@ def test_an_answer_that_a_grammar_admits_is_the_same_without() -> None:
         assert json.loads(answer.text) in admitted
 
 
-def test_integers_keep_their_bounds() -> None:
+@pytest.mark.parametrize("name", ["eggs", "minimum", "enum"])
+def test_integers_keep_their_bounds(name: str) -> None:
     bounded = {"type": "integer", "minimum": 98, "maximum": 101}
-    schema = {"type": "object", "properties": {"minimum": bounded}, "required": ["minimum"]}
+    schema = {"type": "object", "properties": {name: bounded}, "required": [name]}
     grammar = json_schema_grammar(schema)
     assert all(f'"{number}"' in grammar for number in range(98, 102))
     assert "102" not in grammar and "97" not in grammar

@@ -41,8 +41,19 @@ def _listed(schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return schema
     low, high = schema.get("minimum"), schema.get("maximum")
-    bounded = isinstance(low, int) and isinstance(high, int) and 0 <= high - low < 1000
-    if schema.get("type") == "integer" and bounded:
+    if (
+        schema.get("type") == "integer"
+        and isinstance(low, int)
+        and isinstance(high, int)
+        and 0 <= high - low < 1000
+    ):
         return {"enum": list(range(low, high + 1))}
-    values = ("const", "default", "enum", "examples")  # no schemas
-    return {key: part if key in values else _listed(part) for key, part in schema.items()}
+    found = {}
+    for key, part in schema.items():
+        if key in ("properties", "$defs", "definitions") and isinstance(part, Mapping):
+            found[key] = {name: _listed(named) for name, named in part.items()}
+        elif key in ("const", "default", "enum", "examples"):  # hold values, no schemas
+            found[key] = part
+        else:
+            found[key] = _listed(part)
+    return found
