@@ -13,6 +13,9 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE README.md \
 NATIVE  := $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h)
 LINTED  := src convert tests train bench docs
 
+# Of a test set.
+DRAWN_BY := $(addprefix train/, testset.py scenes.py things.py questions.py phrases.py correction.py drawings.py)
+
 .PHONY: demo test lint test-reference test-slow test-sanitize test-kernels test-kernels-arm bench-kernels eval-demo train-demo format stub docs clean
 
 demo: $(VENV)/package.stamp
@@ -26,13 +29,15 @@ test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow
 
 # The scores of the demo that ships, in the first style of its training and in one that it never saw, on test sets
-# that are made where there are none yet; bench/results/eval has these result.json.
-eval-demo: $(VENV)/package.stamp
+# that are made first (npm fetches the second style's drawings); bench/results/eval has these result.json.
+eval-demo: $(VENV)/package.stamp build/testset-noto/questions.jsonl build/testset-twemoji/questions.jsonl
 	for style in noto twemoji; do \
-	    test -f build/testset-$$style/questions.jsonl || \
-	    $(BIN)/python train/testset.py build/testset-$$style --split test -n 500 --style $$style || exit 1; \
 	    $(BIN)/omnivlm-edge eval demo testset build/testset-$$style -o build/eval-$$style || exit 1; \
 	done
+
+build/testset-%/questions.jsonl: $(DRAWN_BY) | $(VENV)/package.stamp
+	rm -rf build/testset-$* build/eval-$*
+	$(BIN)/python train/testset.py build/testset-$* --split test -n 500 --style $*
 
 # Hours, from nothing to GGUF files in build/train-demo; started again, it goes on where it stopped.
 # Matrices are small: threads that sleep while they wait, and memory that stays in the process, count.

@@ -25,9 +25,10 @@ import drawings  # noqa: E402
 import questions  # noqa: E402
 import scenes  # noqa: E402
 import testset  # noqa: E402
-from config import TrainError  # noqa: E402
+from correction import correct  # noqa: E402
+from errors import TrainError  # noqa: E402
 from phrases import LANGUAGES, English  # noqa: E402
-from questions import caption, correct, description  # noqa: E402
+from questions import caption, description  # noqa: E402
 from scenes import SPLITS, Scene, held_out, patch_labels, put, render, sample_scene  # noqa: E402
 from things import COLOURS, KINDS, NUMBERS, SETTINGS, THINGS  # noqa: E402
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
-from difflib import SequenceMatcher
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,8 +41,18 @@ def stages() -> Iterator[SimpleNamespace]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # more is slower at this size, and waits when others compute
     names = (
-        *("ablation", "answers", "config", "data", "demo", "dpo", "drawings", "language", "loop"),
-        *("model", "pretrain", "questions", "scenes", "sft", "tokenizer", "tower"),
+        *("ablation", "answers", "config", "correction", "data", "demo", "dpo", "drawings"),
+        *(
+            "language",
+            "loop",
+            "model",
+            "pretrain",
+            "questions",
+            "scenes",
+            "sft",
+            "tokenizer",
+            "tower",
+        ),
     )
     yield SimpleNamespace(torch=torch, **{name: __import__(name) for name in names})
     torch.set_num_threads(before)
@@ -175,15 +184,31 @@ def test_pairs_differ_only_at_the_edits(stages: SimpleNamespace, micro: Any, don
     for pair in pairs:
         scene, _ = scenes.scene(pair["picture"])
         assert pair["chosen"] != pair["rejected"]
-        corrected = stages.questions.correct(scene, pair["rejected"], pair["language"])
+        corrected = stages.correction.correct(scene, pair["rejected"], pair["language"])
         assert pair["chosen"] == corrected
-        assert stages.questions.correct(scene, corrected, pair["language"]) == corrected
+        assert stages.correction.correct(scene, corrected, pair["language"]) == corrected
         named = stages.dpo.LANGUAGES[pair["language"]].mentions
         assert named(pair["rejected"]) - set(scene.counts)
         assert not named(pair["chosen"]) - set(scene.counts)
     told = json.loads((done / "dpo" / "pairs.json").read_text())
     assert told["pairs"] == len(pairs) and told["answers"] == 2 * micro.dpo.pictures
     assert told["words_changed_mean"] > 0
+
+
+def test_pairs_of_another_model_or_other_settings_are_refused(
+    stages: SimpleNamespace, micro: Any, done: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sft").symlink_to(done / "sft")
+    (tmp_path / "dpo").mkdir()
+    made_with = json.loads((done / "dpo" / "made_with.json").read_text())
+    file = tmp_path / "dpo" / "made_with.json"
+    file.write_text(json.dumps(made_with))
+    other = dataclasses.replace(micro, dpo=dataclasses.replace(micro.dpo, pictures=5))
+    with pytest.raises(stages.config.TrainError, match="dpo was made with other .*; delete it"):
+        stages.dpo.run(other, tmp_path)
+    file.write_text(json.dumps(made_with | {"model": "another"}))
+    with pytest.raises(stages.config.TrainError, match="model was another, is .*; delete it"):
+        stages.dpo.run(micro, tmp_path)
 
 
 def test_the_loss_is_anchored_on_the_chosen_answer(
@@ -205,18 +230,7 @@ def test_the_loss_is_anchored_on_the_chosen_answer(
     assert float(loss) == pytest.approx(np.log(2) + micro.dpo.anchor * surprise, rel=1e-4)
 
 
-def test_a_minimal_edit_of_a_readable_answer(stages: SimpleNamespace, micro: Any) -> None:
-    scenes = stages.data.Scenes(micro, 126, "train")
-    edits = []
-    for index in range(100):
-        scene, rng = scenes.scene(index)
-        other, _ = scenes.scene(index + 1000)
-        wrong = stages.questions.description(other, rng, "en")
-        right = stages.questions.correct(scene, wrong, "en")
-        a, b = wrong.split(), right.split()
-        kept = sum(block.size for block in SequenceMatcher(None, a, b, False).get_matching_blocks())
-        edits.append(stages.dpo.edits(wrong, right, "en"))
-        assert edits[-1] >= max(len(a), len(b)) - kept
+def test_the_distance_of_a_pair_is_counted_in_words(stages: SimpleNamespace) -> None:
     assert stages.dpo.edits("two red cars here.", "two blue cars here.", "en") == 1
     assert stages.dpo.edits("图中有两匹马。", "图中有三匹马。", "zh") == 1
     assert stages.dpo.edits("a horse and a cow", "a horse", "en") == 3
@@ -610,7 +624,10 @@ def test_the_ablation_compares_three_ways(
         ("[dpo]\nbeta = 0.1", "dpo: beta is 0.1; it must be of type list"),
         ("sft = 3", "sft is 3; it must be of type Stage"),
         ("[tower", "is not valid TOML"),
-        ('[projector]\ncompression = "conv"', "it must be reshape, none or convolution"),
+        ('[projector]\ncompression = "conv"', "it must be one of reshape, none, convolution"),
+        ('precision = "fp16"', "precision is 'fp16'; it must be one of bf16, no"),
+        ("[dpo]\nrates = []", "dpo.beta and dpo.rates must each have a number to try"),
+        ('[data]\nlanguages = ["en", "de"]', "'de'; it must be one of en, zh"),
     ],
 )
 def test_a_faulty_configuration_is_told_in_a_sentence(

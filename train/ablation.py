@@ -1,7 +1,8 @@
 """How patches become image tokens: reshape, no compression, strided convolution, at equal steps.
 
 From the towers that OUT has, each way goes through short stages 1 and 2 on the same pictures.
-OUT/ablation/ablation.json and .png tell validation loss, tokens and time per picture.
+OUT/ablation/ablation.json and .png tell steps of each stage, validation loss, tokens and time per
+picture.
 """
 
 import dataclasses
@@ -59,6 +60,7 @@ def train_one(config: Config, out: Path, way: str) -> dict[str, float | int]:
     lines = [json.loads(line) for line in (folder / "sft" / "log.jsonl").read_text().splitlines()]
     model = load_checkpoint(folder / "sft" / "model")
     return {
+        "steps": lines[-1]["step"],
         "image_tokens": model.image_tokens,
         "validation_loss": next(line["val_loss"] for line in lines[::-1] if "val_loss" in line),
         "training_pictures_per_second": statistics.median(
@@ -87,7 +89,7 @@ def plot(results: dict[str, dict[str, float | int]], file: Path) -> None:
 def run(config: Config, out: Path) -> None:
     """All ways, unless they are done; the results again."""
     results = {way: train_one(config, out, way) for way in WAYS}
-    content = {"steps_per_stage": config.ablation.steps, "batch": config.sft.batch} | results
+    content = {"batch": config.sft.batch} | results
     (out / "ablation" / "ablation.json").write_text(json.dumps(content, indent=2) + "\n")
     plot(results, out / "ablation" / "ablation.png")
     print(json.dumps(content, indent=2))

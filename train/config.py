@@ -5,16 +5,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from errors import TrainError
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 T = TypeVar("T")
+PRECISIONS = ("bf16", "no")
+COMPRESSIONS = ("reshape", "none", "convolution")
+LANGUAGES = ("en", "zh")
 
 
-class TrainError(Exception):
-    """What a person can put right: one sentence, printed without a traceback."""
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise TrainError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -46,17 +52,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Projector:
-    """Patches -> image tokens. Only "reshape" and "none" can be converted."""
+    """Patches -> image tokens, in one of COMPRESSIONS; "convolution" cannot be converted."""
 
-    compression: str = "reshape"  # or "none", "convolution"
+    compression: str = "reshape"
     hidden: int = 512
 
     def __post_init__(self) -> None:
-        if self.compression not in ("reshape", "none", "convolution"):
-            raise TrainError(
-                f"projector.compression is {self.compression!r}; "
-                "it must be reshape, none or convolution"
-            )
+        _one_of("projector.compression", self.compression, COMPRESSIONS)
 
     @property
     def merge(self) -> int:
@@ -73,6 +75,12 @@ class Data:
     tokens: int = 208
     caption_tokens: int = 144  # in stage 1
     workers: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.languages:
+            raise TrainError(f"data.languages is empty; known are {', '.join(LANGUAGES)}")
+        for language in self.languages:
+            _one_of("a language of data.languages", language, LANGUAGES)
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,10 @@ class Dpo(Stage):
     grid_steps: int = 100
     anchor: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not self.beta or not self.rates:
+            raise TrainError("dpo.beta and dpo.rates must each have a number to try")
+
 
 @dataclass(frozen=True)
 class Ablation:
@@ -151,7 +163,7 @@ class Config:
     """All of it."""
 
     seed: int = 0
-    precision: str = "bf16"  # accelerate's mixed_precision: no, bf16 or fp16
+    precision: str = "bf16"  # accelerate's mixed_precision: bf16 or no
     compile: bool = True  # the decoder, which takes minutes first
     attention: str = "eager"  # transformers' attn_implementation
     outtype: str = "f16"  # of the converted files
@@ -167,6 +179,9 @@ class Config:
     sft: Stage = field(default_factory=Stage)
     dpo: Dpo = field(default_factory=Dpo)
     ablation: Ablation = field(default_factory=Ablation)
+
+    def __post_init__(self) -> None:
+        _one_of("precision", self.precision, PRECISIONS)
 
 
 def load_config(path: Path) -> Config:

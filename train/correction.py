@@ -19,10 +19,8 @@ from phrases import (
     Size,
     Statement,
 )
-from scenes import Scene
+from scenes import OPPOSITE, Scene
 from things import THINGS
-
-_OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
 def cells(scene: Scene, kind: int) -> tuple[int, ...]:
@@ -49,7 +47,7 @@ def truth(scene: Scene, kind: int, claimed: Predicate) -> Predicate | None:
     if isinstance(claimed, Compared):
         difference = scene.size(kind) - scene.size(other)
         return Compared((difference > 0) - (difference < 0), other, plural)
-    for relation in (claimed.relation, _OPPOSITE.get(claimed.relation), *_OPPOSITE):
+    for relation in (claimed.relation, OPPOSITE.get(claimed.relation), *OPPOSITE):
         if relation and scene.holds(relation, kind, other):
             return Relation(relation, other, plural)
     return None

@@ -18,8 +18,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from config import Config, Stage, TrainError
+from config import Config, Stage
 from drawings import UNSEEN, fetch
+from errors import TrainError
 from questions import Question, questions
 from scenes import Scene, render, sample_scene
 from tokenizer import ANSWER, HEAD, QUESTION
@@ -101,7 +102,7 @@ class Llava:
 
     def __init__(self, file: Path, images: Path, image_size: int, seed: int) -> None:
         self.images, self.size, self.seed = images, image_size, seed
-        self.rows = [row for row in read_rows(file) if "image" in row]
+        self.rows = [row for row in read_rows(file) if isinstance(row.get("image"), str)]
         if not self.rows:
             raise TrainError(f"{file} has no row with an image")
         for row in self.rows:

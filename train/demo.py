@@ -4,6 +4,7 @@ Each step is passed over when its result is there; one that was stopped goes on 
 With `checkpoint`s in the configuration the towers' own stages fall away.
 """
 
+import shutil
 from pathlib import Path
 
 from accelerate import PartialState
@@ -13,22 +14,39 @@ import language
 import pretrain
 import sft
 import tower
-from config import Config, TrainError
+from config import Config
+from errors import TrainError
 from loop import stage_main
+from omnivlm_edge.convert import convert_checkpoint
+from omnivlm_edge.errors import OmniVLMError
+from omnivlm_edge.quantize.file import output_name, quantize_file
+from omnivlm_edge.quantize.recipes import recipe_name
 
 STAGES = (tower, language, pretrain, sft, dpo)
 
 
+def check(config: Config) -> None:
+    """Raises TrainError for what could not be converted after hours."""
+    if config.projector.compression == "convolution":
+        raise TrainError(
+            "a model with a convolution cannot be converted; run its stages one by one"
+        )
+    if config.quantize:
+        try:
+            recipe_name(config.quantize)
+        except OmniVLMError as error:
+            raise TrainError(f"quantize: {error}") from error
+
+
 def convert(config: Config, out: Path) -> None:
     """OUT/dpo/model -> OUT/gguf and, with a recipe, OUT/gguf-RECIPE."""
-    from omnivlm_edge.convert import convert_checkpoint
-    from omnivlm_edge.errors import OmniVLMError
-    from omnivlm_edge.quantize.file import output_name, quantize_file
-
-    folder = out / "gguf"
+    folder, source = out / "gguf", out / "dpo" / "model"
     try:
-        if not any(folder.glob("*.gguf")):
-            convert_checkpoint(out / "dpo" / "model", folder, config.outtype, name="demo")
+        made = min((file.stat().st_mtime for file in folder.glob("*.gguf")), default=0.0)
+        if made < (source / "model.safetensors").stat().st_mtime:
+            for earlier in out.glob("gguf*"):
+                shutil.rmtree(earlier)
+            convert_checkpoint(source, folder, config.outtype, name="demo")
         if config.quantize:
             smaller = out / f"gguf-{config.quantize}"
             smaller.mkdir(exist_ok=True)
@@ -42,6 +60,7 @@ def convert(config: Config, out: Path) -> None:
 
 def run(config: Config, out: Path) -> None:
     """All of it."""
+    check(config)
     for stage in STAGES:
         print(f"{stage.__name__}: {stage.__doc__.splitlines()[0]}", flush=True)
         stage.run(config, out)

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
+from hashlib import sha256
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +28,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from answers import AnswerTask, token_losses
-from config import Config, Dpo, TrainError
+from config import Config, Dpo
+from correction import correct
 from data import Batches, Example, Rows, Scenes, open_picture, read_rows, stack
-from loop import stage_main, train
+from errors import TrainError
+from loop import check_made_with, fingerprint, stage_main, train
 from model import OmniVLM, load_checkpoint
 from phrases import LANGUAGES
-from questions import Question, correct
+from questions import Question
 
 STREAM = 4  # of the scenes, so that no other stage sees these
 CHUNK = 32  # pictures that are asked at once
@@ -92,11 +96,11 @@ def collect(model: OmniVLM, config: Config, folder: Path) -> list[Preference]:
     if not file.exists():
         part = folder / "pairs.part.jsonl"
         scenes = Scenes(config, model.image_size, "train", stream=STREAM)
-        lines = part.read_text().splitlines() if part.exists() else []
+        lines = part.read_text("utf-8").split("\n") if part.exists() else []
         ends = [i for i, line in enumerate(lines) if "chunk" in line[:9]]
         lines = lines[: ends[-1] + 1] if ends else []
         model.eval()
-        with open(part, "w") as out:
+        with open(part, "w", encoding="utf-8") as out:
             out.writelines(line + "\n" for line in lines)
             starts = range(CHUNK * len(ends), settings.pictures, CHUNK)
             for start in tqdm(starts, desc="answers", unit="chunk", disable=None):
@@ -108,7 +112,7 @@ def collect(model: OmniVLM, config: Config, folder: Path) -> list[Preference]:
                 out.write(json.dumps({"chunk": start, "answers": count}) + "\n")
                 out.flush()
         os.replace(part, file)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]
     pairs = [Preference(**row) for row in rows if "chunk" not in row]
     if len(pairs) < 2:
         raise TrainError(
@@ -130,13 +134,15 @@ def collect(model: OmniVLM, config: Config, folder: Path) -> list[Preference]:
 
 def read_pairs(file: Path) -> list[Preference]:
     """Rows of image, question, chosen and rejected in a JSON list."""
-    try:
-        return [
-            Preference(row["image"], row["question"], row["chosen"], row["rejected"])
-            for row in read_rows(file)
-        ]
-    except KeyError as error:
-        raise TrainError(f"{file} has a row without {error}") from error
+    rows = read_rows(file)
+    if len(rows) < 2:
+        raise TrainError(f"{file} has {len(rows)} rows; it must have at least 2")
+    fields = ("image", "question", "chosen", "rejected")
+    for number, row in enumerate(rows, 1):
+        for name in fields:
+            if not isinstance(row.get(name), str):
+                raise TrainError(f"{file}: row {number} has no text in {name!r}")
+    return [Preference(*(row[name] for name in fields)) for row in rows]
 
 
 # ---- learning from them -----------------------------------------------------------------------
@@ -315,6 +321,18 @@ def choose(results: dict[str, dict[str, float]], recall: float | None) -> str:
     return min(kept, key=lambda name: (kept[name]["hallucinated"], kept[name]["val_loss"]))
 
 
+def check_source(folder: Path, config: Config, weights: Path) -> None:
+    """Pairs, reference and trials belong to one model and its settings: raises TrainError if those
+    in the folder were made from others, and else notes what makes them."""
+    file = folder / "made_with.json"
+    with open(weights, "rb") as source, mmap(source.fileno(), 0, access=ACCESS_READ) as content:
+        now = fingerprint(config, config.dpo) | {"model": sha256(content).hexdigest()}
+    if file.exists():
+        check_made_with(folder, json.loads(file.read_text()), now)
+    else:
+        file.write_text(json.dumps(now, indent=2) + "\n")
+
+
 def run(config: Config, out: Path) -> None:
     """Sample, edit, choose beta and rate, and train, unless it is done."""
     folder, settings = out / "dpo", config.dpo
@@ -328,6 +346,7 @@ def run(config: Config, out: Path) -> None:
     model = fresh_model().to(process.device)
     folder.mkdir(parents=True, exist_ok=True)
     with process.main_process_first():  # the others find the files
+        check_source(folder, config, out / "sft" / "model" / "model.safetensors")
         pairs = read_pairs(Path(settings.json)) if settings.json else collect(model, config, folder)
         rows = PairRows(pairs, config, model)
         remember(DpoTask(model, config, 0.0, None), rows, folder / "reference.pt")

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from platformdirs import user_cache_path
 
-from config import TrainError
+from errors import TrainError
 from things import THINGS, Thing
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -150,7 +150,11 @@ def fetch(style: str, archive: Path | None = None) -> None:
     """
     if style not in STYLES:
         raise TrainError(f"there is no style {style!r}; known are {', '.join(STYLES)}")
-    if style == "noto" or folder(style).exists():
+    if style == "noto":
+        if not FONT.exists():
+            raise TrainError(f"{FONT} is missing; install Debian's fonts-noto-color-emoji")
+        return
+    if folder(style).exists():
         return
     package = PACKAGES[style]
     CACHE.mkdir(parents=True, exist_ok=True)

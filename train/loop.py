@@ -15,7 +15,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from config import Config, Stage, TrainError, load_config
+from config import Config, Stage, load_config
+from errors import TrainError
 
 # Does not change what is learned, or may be changed while the rate is level.
 FREE = {"workers", "steps", "log_every", "report_every", "save_every", "validation"}
@@ -53,7 +54,10 @@ class Task(nn.Module, ABC):
 
 
 class Stopped(SystemExit):
-    """A signal came, and the checkpoint is written."""
+    """A signal came, and the checkpoint is written; in some process if `signals` has none."""
+
+    def __init__(self, signals: Sequence[int]) -> None:
+        super().__init__(128 + (signals or [signal.SIGTERM])[0])
 
 
 def make_optimizers(task: nn.Module, settings: Stage) -> list[torch.optim.Optimizer]:
@@ -140,6 +144,16 @@ def fingerprint(config: Config, settings: Stage) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
+def check_made_with(file: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises TrainError unless what a file was made with is what would make it now."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise TrainError(
+                f"{file} was made with other settings ({name} was {before.get(name)}, is {value}); "
+                "delete it to begin this stage anew"
+            )
+
+
 class Checkpoint:
     """state.pt: all that a run is at the end of a step."""
 
@@ -161,12 +175,7 @@ class Checkpoint:
             raise TrainError(
                 f"{self.file} is damaged; delete it to begin this stage anew"
             ) from error
-        for name, now in self.made_with.items():
-            if (before := made_with.get(name)) != now:
-                raise TrainError(
-                    f"{self.file} was made with other settings ({name} was {before}, is {now}); "
-                    "delete it to begin this stage anew"
-                )
+        check_made_with(self.file, made_with, self.made_with)
         return content
 
 
@@ -239,6 +248,7 @@ def train(
         )
     )
     pictures = settings.batch * settings.accumulate * accelerator.num_processes
+    stopped = False
     with noted_signals() as signals, log.progress(done) as bar:
         for step in range(done, settings.steps):
             for _ in range(settings.accumulate):
@@ -271,11 +281,13 @@ def train(
                     save(step + 1)
             if stopped and not ended:
                 print(f"stopped; {checkpoint.file} holds step {step + 1}", file=sys.stderr)
-                raise Stopped(128 + (signals or [signal.SIGTERM])[0])
+                raise Stopped(signals)
     if accelerator.is_main_process:
         with average.in_place():
             task.export(folder / "model")
     accelerator.wait_for_everyone()
+    if stopped:  # in the last step: the stage is done, but not what would follow
+        raise Stopped(signals)
 
 
 def _next(loader: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -431,3 +443,5 @@ def stage_main(run: Any, description: str) -> None:
         run(load_config(args.config), args.out)
     except TrainError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # outside a stage's steps
+        sys.exit(128 + signal.SIGINT)

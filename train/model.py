@@ -23,7 +23,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from config import Config, Lora, Projector, Text, TrainError, Vision
+from config import Config, Lora, Projector, Text, Vision
+from errors import TrainError
 from tokenizer import ANSWER, HEAD, QUESTION, save_tokenizer
 
 TOWER, LANGUAGE = "vision_tower.", "language_model."

@@ -6,8 +6,9 @@ import torch
 from transformers import Qwen2ForCausalLM, SiglipVisionModel
 
 from answers import AnswerTask
-from config import Config, TrainError
+from config import Config
 from data import CAPTIONS, Batches, PictureRows, Rows, open_sources
+from errors import TrainError
 from loop import stage_main, train
 from model import OmniVLM, new_model
 from tokenizer import get_tokenizer

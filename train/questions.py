@@ -1,7 +1,7 @@
 """Captions, descriptions, and questions about scenes with their answers, in English and Chinese.
 
-Answers repeat what was asked ("No, the car is not red."), so that `correct` can mend an answer
-without its question.
+Answers repeat what was asked ("No, the car is not red."), so that `correction.correct` can mend an
+answer without its question.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from correction import cells, correct
+from correction import cells
 from phrases import LANGUAGES, Colour, Compared, Places, Relation, Size, Statement
-from scenes import Scene
+from scenes import OPPOSITE, Scene
 from things import COLOURS, KINDS, SETTINGS, THINGS
-
-__all__ = ["LABELS", "QUESTION_KINDS", "Question", "caption", "correct", "description", "questions"]
 
 T = TypeVar("T")
 LABELS = len(THINGS) + 1  # classes of a patch: the things and "nothing"
@@ -146,7 +144,6 @@ OPENINGS = {
     "zh": ("图中有{}，{}。", "图片里有{}，{}。", "{1}有{0}。"),
 }
 SETTING_ANSWER = {"en": "It is {}.", "zh": "这是{}。"}
-_OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 _HOME = {key: [KINDS[name] for name in setting.home] for key, setting in SETTINGS.items()}
 
 
@@ -218,7 +215,7 @@ class _Asker:
                 "one": named.one,
                 "many": named.many,
                 "some": named.some,
-                "a": "an" if named.one[0] in "aeiou" else "a",
+                "a": named.article,
                 "n": named.chinese,
                 "m": named.measure,
                 "is_name": is_name,
@@ -300,7 +297,7 @@ class _Asker:
                 asked.append(self.question("relation", "relation", self.say(said), relation=name))
             else:
                 if not (right := self.rng.random() < 0.5):
-                    relation = _OPPOSITE.get(relation, "below")
+                    relation = OPPOSITE.get(relation, "below")
                 answer = self.verdict(Statement(said.kind, Relation(relation, other)), right)
                 more = {"relation": self.relation_name(relation, other)}
                 asked.append(self.question("relation", "is relation", answer, said.kind, **more))
@@ -326,7 +323,7 @@ class _Asker:
         """The place or colour of a thing that is not there, or what stands beside it."""
         kind = self.missing()
         template = _pick(self.rng, ("where", "colour", "relation"))
-        relation = self.relation_name(_pick(self.rng, tuple(_OPPOSITE)), kind)
+        relation = self.relation_name(_pick(self.rng, tuple(OPPOSITE)), kind)
         answer = self.words.absent(kind)
         return self.question("unanswerable", template, answer, kind, relation=relation)
 

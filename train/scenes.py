@@ -21,6 +21,7 @@ from things import COLOURS, KINDS, SETTINGS, THINGS
 
 SPLITS = ("train", "validation", "test")
 RELATIONS = ("left", "right", "above", "below", "on", "next")
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 MAX_COUNT = 4
 TINTS = tuple(colour for colour in COLOURS if colour != "orange")  # too near to red and yellow
 SMALL, LARGE = 0.23, 0.34  # a thing's size is below, above

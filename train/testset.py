@@ -17,18 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from config import TrainError
 from drawings import STYLES, fetch
+from errors import TrainError
 from questions import questions
 from scenes import SPLITS, Scene, render, sample_scene
 from things import THINGS
 
 SIZE = 252  # pixels; the model under test does its own resizing
 PRIOR_SCENES = 20_000  # of the training, for what is common and what stands together
-POPE = {
-    "en": ("Is there {a} {name} in the image?", "yes", "no"),
-    "zh": ("图片中有{name}吗？", "yes", "no"),
-}
+POPE = {"en": "Is there {a} {name} in the image?", "zh": "图片中有{name}吗？"}
 
 
 # ---- POPE -------------------------------------------------------------------------------------
@@ -62,13 +59,12 @@ def absent_kinds(
 
 def _pope_lines(pictures: list[tuple[str, list[int], list[int]]], language: str) -> Iterable[dict]:
     """POPE's records for pictures with their present and absent kinds, a yes and a no in turn."""
-    template, yes, no = POPE[language]
     number = 0
     for image, present, absent in pictures:
         for both in zip(present, absent, strict=True):
-            for kind, label in zip(both, (yes, no), strict=True):
-                name = THINGS[kind].names(language)[0]
-                text = template.format(a="an" if name[0] in "aeiou" else "a", name=name)
+            for kind, label in zip(both, ("yes", "no"), strict=True):
+                thing = THINGS[kind]
+                text = POPE[language].format(a=thing.article, name=thing.names(language)[0])
                 number += 1
                 yield {"question_id": number, "image": image, "text": text, "label": label}
 

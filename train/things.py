@@ -47,6 +47,11 @@ class Thing:
         """The English name without a number: "eggs", but "bread"."""
         return self.bare or self.many
 
+    @property
+    def article(self) -> str:
+        """Before `one`."""
+        return "an" if self.one[0] in "aeiou" else "a"
+
     def counted(self, count: int, language: str) -> str:
         """As in "one egg", "two eggs", "no eggs"; "一个鸡蛋", "两个鸡蛋", "没有鸡蛋"."""
         number = NUMBERS[language][count]

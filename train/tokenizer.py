@@ -20,7 +20,8 @@ from tokenizers import (
 )
 from tokenizers import pre_tokenizers as pre
 
-from config import Config, TrainError
+from config import Config
+from errors import TrainError
 from questions import questions
 from scenes import sample_scene
 from things import COLOURS, NUMBERS, THINGS

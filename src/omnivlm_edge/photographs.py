@@ -26,7 +26,7 @@ DESCRIBE = "Describe the image"
 
 
 def likeness(image: Image.Image) -> float:
-    """How much an RGB picture is like a photograph, from 0 to 3.
+    """How much an RGB picture is like a photograph, from 0 to 4.
 
     Twice the share of dark pixels, and the median step of brightness between neighbours as a share
     of the mean one: near 0 where most of a picture is flat.
@@ -46,7 +46,6 @@ def doubt(engine: OmniVLM, picture: Picture) -> float:
 def out_of_depth(engine: OmniVLM, picture: Picture) -> bool:
     """Whether a picture looks like a photograph and the demo is unsure of what it shows.
 
-    So it was with 23 of 27 photographs (of scikit-image, scikit-learn, Matplotlib and Debian's
-    mate-backgrounds), and with 6 of the 1,000 scenes of `make eval-demo`.
+    bench/photographs.py tells how often it is so; MODEL_CARD.md has the result.
     """
     return likeness(picture.image) > LIKENESS and doubt(engine, picture) > DOUBT

@@ -31,6 +31,7 @@ from .options import (
 )
 
 PROMPT_POSITIONS = 512  # of a question with choices and a picture, and some more
+FEWEST_POSITIONS = 2048  # for one with seven pictures, as MMMU has, however few run side by side
 
 
 @click.command("eval")
@@ -69,7 +70,9 @@ PROMPT_POSITIONS = 512  # of a question with choices and a picture, and some mor
 @parallel_option
 @readers_option
 @engine_options(
-    None, "Positions that all running answers share.  [default: 512 and -n for each of them]"
+    None,
+    "Positions that all running answers share.  [default: 512 and -n for each of them, at least "
+    "2048]",
 )
 @no_hashes_option
 @offline_option
@@ -140,8 +143,9 @@ def eval_(
         "options": dataclasses.asdict(options),
         "vision precision": settings["vision_precision"],
     }
+    wanted = parallel * (PROMPT_POSITIONS + options.max_tokens)
     settings |= {
-        "n_ctx": ctx_size or parallel * (PROMPT_POSITIONS + (max_tokens or chosen.max_tokens)),
+        "n_ctx": ctx_size or max(FEWEST_POSITIONS, wanted),
         "n_sequences": parallel,
         "disk_cache": False,
     }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from ..batch.inputs import Source
 from ..errors import OptionError
@@ -15,7 +16,14 @@ from ..errors import OptionError
 #: A picture, or what opens it when its turn has come: a data set may be larger than the memory.
 Picture: TypeAlias = "Source | Callable[[], Source]"
 
+T = TypeVar("T")
+
 _Z = 1.959964  # of the normal distribution: 95 % lie within so many standard deviations
+
+
+def opened(picture: Picture) -> Source:
+    """The picture itself."""
+    return picture() if callable(picture) else picture
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,14 @@ def tally(marks: Iterable[tuple[Iterable[str], bool]], order: Sequence[str] = ()
     names = [name for name in order if name in asked]
     names += [name for name in asked if name not in order]
     return {name: {"accuracy": Share(right[name], asked[name])} for name in names}
+
+
+def guessed(id: str, choices: Sequence[T]) -> T:
+    """What counts where an answer chooses nothing: any choice, but always the same one.
+
+    The scripts of ScienceQA's and MMMU's authors draw one anew in each run.
+    """
+    return random.Random(id).choice(choices)
 
 
 def wrong_places(marks: Iterable[bool]) -> list[int]:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from ..batch.inputs import read_source
 from ..errors import ImageError
 from ..image import load_image
-from .benchmark import Picture, Question
+from .benchmark import Picture, Question, opened
 
 COLUMNS, ROWS = 4, 3
 SIDE = 280  # pixels of a picture
@@ -74,8 +74,7 @@ def _picture(pictures: tuple[Picture, ...]) -> Image.Image:
     square = Image.new("RGB", (SIDE, SIDE), _PALE)
     if not pictures:
         return square
-    first = pictures[0]
-    source = first() if callable(first) else first
+    source = opened(pictures[0])
     if isinstance(source, str):
         return square
     try:

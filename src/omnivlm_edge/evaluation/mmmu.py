@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from .benchmark import (
     Question,
     Scores,
     check_fields,
+    guessed,
     read_records,
     tally,
     wrong_places,
@@ -88,11 +88,6 @@ def chosen(answer: str, choices: Mapping[str, str]) -> str | None:
         if max(places.values()) >= 0:
             return max(places, key=places.__getitem__)
     return None
-
-
-def guessed(id: str, choices: Mapping[str, str]) -> str:
-    """What counts where an answer chooses nothing: any letter, but always the same one."""
-    return random.Random(id).choice(list(choices))
 
 
 def is_right_open(answer: str, truths: Sequence[str]) -> bool:
@@ -176,7 +171,7 @@ def score(questions: Sequence[Question], answers: Answers) -> Scores:
         elif choices:
             letter = chosen(answer, choices)
             n_guessed += letter is None
-            given[question.id] = letter or guessed(question.id, choices)
+            given[question.id] = letter or guessed(question.id, list(choices))
             marks.append(given[question.id] in truths)
         else:
             given[question.id] = answer

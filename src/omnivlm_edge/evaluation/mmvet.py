@@ -16,8 +16,9 @@ from .benchmark import Answers, Benchmark, Question, Scores, Table, read_objects
 
 PREDICTIONS = "mm-vet_predictions.json"
 _NOTE = (
-    f"MM-Vet needs a judge: give {PREDICTIONS} to mm-vet_evaluator.py of the benchmark's authors "
-    "(--result_path OUT --model mm-vet_predictions), or to their evaluator on Hugging Face"
+    f"MM-Vet needs a judge, who needs all answers: give {PREDICTIONS} to mm-vet_evaluator.py of "
+    "the benchmark's authors (--mmvet_path DATA --result_path DIR --model mm-vet_predictions), or "
+    "to their evaluator on Hugging Face"
 )
 
 

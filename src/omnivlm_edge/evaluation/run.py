@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..batch.inputs import Item, Source
+from ..batch.inputs import Item
 from ..batch.output import decode_row, key_of
 from ..batch.runner import Row, Work
 from ..device import check_threads
@@ -24,7 +24,7 @@ from ..engine import OmniVLM
 from ..errors import OptionError
 from ..files import write_whole
 from ..machine import commit, describe_machine
-from .benchmark import Answers, Benchmark, Picture, Question, Scores, Share, Table
+from .benchmark import Answers, Benchmark, Picture, Question, Scores, Share, Table, opened
 from .failures import draw_sheet
 
 ANSWERS = "answers.jsonl"
@@ -83,11 +83,6 @@ def pending(
 def count(questions: Iterable[Question]) -> int:
     """How many rows there will be."""
     return len({(question.key, question.prompt) for question in questions})
-
-
-def opened(picture: Picture) -> Source:
-    """The picture itself."""
-    return picture() if callable(picture) else picture
 
 
 def read_answers(path: Path, questions: Sequence[Question]) -> list[Row | None]:

@@ -18,6 +18,7 @@ from .benchmark import (
     Benchmark,
     Question,
     Scores,
+    guessed,
     picture_folder,
     read_json,
     read_objects,
@@ -40,7 +41,7 @@ _GROUPS = (
 def chosen(answer: str, n_choices: int) -> int | None:
     """Which choice an answer names, from 0 on: a letter first, or "the answer is" and a letter.
 
-    None where it names no choice; that is wrong, while the original's script guesses.
+    None where it names no choice.
     """
     found = re.match(r"\(?([A-E])(?:[).:,]|\s*$)", answer.strip())
     found = found or re.search(r"[Tt]he answer is:? \(?([A-E])\b", answer)
@@ -73,16 +74,22 @@ def score(questions: Sequence[Question], answers: Answers) -> Scores:
         None if answer is None else chosen(answer, question.facts["choices"])
         for question, answer in zip(questions, answers, strict=True)
     ]
-    marks = [
-        pick == question.facts["answer"] for question, pick in zip(questions, picks, strict=True)
-    ]
+    marks = []
+    n_guessed = 0
+    for question, answer, pick in zip(questions, answers, picks, strict=True):
+        if answer is not None and pick is None:
+            pick = guessed(question.id, range(question.facts["choices"]))
+            n_guessed += 1
+        marks.append(pick == question.facts["answer"])
     groups = (question.facts["groups"] for question in questions)
     scores = Scores(
         {"accuracy": tally(zip(groups, marks, strict=True), _GROUPS)}, wrong_places(marks)
     )
-    unclear = sum(pick is None for pick in picks)
-    if unclear:
-        scores.notes.append(f"{unclear} of {len(picks)} answers name no choice, and count as wrong")
+    if n_guessed:
+        scores.notes.append(
+            f"{n_guessed} of {len(questions)} answers name no choice: one was drawn for them, as "
+            "the benchmark's rules say"
+        )
     return scores
 
 

@@ -69,7 +69,8 @@ class Vocabulary:
             for name in texts["names"][language]:
                 self._meant.setdefault(name.lower(), (kind, None))
             for number, phrase in enumerate(texts["counted"][language], 1):
-                self._meant.setdefault(phrase.lower(), (kind, number))
+                for form in _forms(phrase.lower(), number):
+                    self._meant.setdefault(form, (kind, number))
         self._phrases = self._pattern(self._meant)
         self._names = self._pattern(text for text, (_, n) in self._meant.items() if n is None)
 
@@ -101,6 +102,16 @@ class Vocabulary:
         if self.language != "zh":  # Chinese has no spaces between words
             any_of = rf"(?<!\w)(?:{any_of})(?!\w)"
         return re.compile(any_of, re.I)
+
+
+def _forms(phrase: str, number: int) -> Iterator[str]:
+    """A counted name as objects.json has it, and in English with digits or an article, too."""
+    yield phrase
+    word, _, name = phrase.partition(" ")
+    if name and word == _DIGITS["en"][number]:
+        yield f"{number} {name}"
+        if number == 1:
+            yield from (f"a {name}", f"an {name}")
 
 
 # ---- rules --------------------------------------------------------------------------------------
