@@ -1,4 +1,6 @@
-"""The README's tables and its plot from the committed results: python bench/report.py
+"""The tables of README and MODEL_CARD, and a plot, from the committed results.
+
+    python bench/report.py
 
 The tables are printed, the plot is bench/results/quantization.png.
 """
@@ -178,6 +180,21 @@ def score_table() -> str:
     return "\n".join([*lines, *_description_rows(columns)])
 
 
+def stage_table() -> str:
+    """What stage 3 makes of the demo: the same questions before and after it."""
+    results = [_evaluation("demo"), _evaluation("demo_after_dpo")]
+    columns = [(scores, code) for code in ("en", "zh") for scores in results]
+    lines = [
+        "| | English, before | English, after | Chinese, before | Chinese, after |",
+        "|---|---|---|---|---|",
+        *_description_rows(columns),
+    ]
+    for kind in ("caption", "yesno", "all"):
+        shares = [scores["questions"][f"{kind}, {code}"]["accuracy"] for scores, code in columns]
+        lines.append(f"| {kind} | " + " | ".join(f"{s['value']:.1%}" for s in shares) + " |")
+    return "\n".join(lines)
+
+
 def _description_rows(columns: Sequence[tuple[dict[str, Any], str]]) -> list[str]:
     """What descriptions name that is not there, and what they leave out."""
     found = [scores["descriptions"][f"description, {code}"] for scores, code in columns]
@@ -345,7 +362,7 @@ def worker_table() -> str:
 
 if __name__ == "__main__":
     tables = second_question_table, serve_table, accuracy_table, loss_table, size_table
-    print(*(table() for table in tables), sep="\n\n")
+    print(*(table() for table in (*tables, score_table, stage_table)), sep="\n\n")
     if (RESULTS / "side_by_side.jsonl").exists():
         print("", side_by_side_tables(side_by_side_run()), sep="\n")
     if (RESULTS / "batch.jsonl").exists():

@@ -297,7 +297,9 @@ def test_readme_tables_come_from_the_committed_results() -> None:
     assert report.accuracy_table() in text
     assert report.loss_table() in text
     assert report.size_table() in text
-    assert report.score_table() in (ROOT / "MODEL_CARD.md").read_text()
+    card = (ROOT / "MODEL_CARD.md").read_text()
+    assert report.score_table() in card
+    assert report.stage_table() in card
 
 
 def test_tables_of_scaling_come_from_the_results_and_its_formula() -> None:
