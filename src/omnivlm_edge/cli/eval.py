@@ -133,7 +133,8 @@ def eval_(
     files = find_model(
         model, mmproj, offline=offline, consent=consent(yes), make_vision=yes, notify=note
     )
-    options = GenerateOptions(max_tokens=max_tokens or chosen.max_tokens)
+    longest = max_tokens or chosen.max_tokens
+    options = GenerateOptions(max_tokens=longest)
     task = make_task(files, (), options, no_cache)
     about = {
         "model": [task.model, task.mmproj, task.variant],
@@ -143,7 +144,7 @@ def eval_(
         "options": dataclasses.asdict(options),
         "vision precision": settings["vision_precision"],
     }
-    wanted = parallel * (PROMPT_POSITIONS + options.max_tokens)
+    wanted = parallel * (PROMPT_POSITIONS + longest)
     settings |= {
         "n_ctx": ctx_size or max(FEWEST_POSITIONS, wanted),
         "n_sequences": parallel,
