@@ -41,7 +41,7 @@ def result_of(out: Path) -> dict[str, Any]:
     [
         ("testset", write_testset, 22, "questions", {"failures.png"}),
         ("pope", write_pope, 12, "POPE", set()),
-        ("scienceqa", write_scienceqa, 2, "accuracy", {"failures.png"}),
+        ("scienceqa", write_scienceqa, 2, "accuracy", set()),
         ("mmmu", write_mmmu, 4, "accuracy", {"failures.png", "mmmu_predictions.json"}),
         ("mmvet", write_mmvet, 2, "answered", {"mm-vet_predictions.json"}),
         ("chartqa", write_chartqa, 3, "relaxed accuracy", {"failures.png"}),

@@ -58,7 +58,7 @@ from serving import (
 _FIELD = GGUFReader(DEMO / "demo-F16.gguf").fields["tokenizer.ggml.tokens"]
 TOKENS = {str(text): str(number) for number, text in enumerate(_FIELD.contents())}
 ENDS = (TOKENS["<|im_end|>"], TOKENS["<|endoftext|>"])  # end an answer
-LONG = 150  # tokens: an answer that is still running when the test does something
+LONG = 450  # tokens: an answer that is still running when the test does something
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def busy(server: Server, n: int = 1) -> Iterator[list[socket.socket]]:
 ENDLESS = {
     "response_format": {
         "type": "json_schema",
-        "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 1500}},
+        "json_schema": {"name": "long", "schema": {"type": "string", "minLength": 4500}},
     }
 }
 
@@ -1124,7 +1124,7 @@ def test_while_the_model_is_loaded(tiny_model: Path) -> None:
 
 
 def test_an_answer_that_takes_too_long(tiny_model: Path) -> None:
-    with App(tiny_model, seconds=0.05) as app:
+    with App(tiny_model, seconds=0.002) as app:
         body = question("x", max_tokens=900)
         reply = app.post(body)
         assert (reply.status, reply.error["type"]) == (504, "timeout_error")
