@@ -431,7 +431,7 @@ def test_ctrl_c_keeps_the_finished_cases() -> None:
     assert (record["n_threads"], record["partial"], record["error"]) == (1, False, None)
     assert record["repeats_done"] == 2
     assert len(record["stages"]) == len(bench.STAGES)
-    assert not second.is_running()
+    second.wait(10)  # one that was just being started finds no case, and ends by itself
 
 
 def test_ctrl_c_before_anything_was_measured() -> None:
