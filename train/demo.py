@@ -38,22 +38,27 @@ def check(config: Config) -> None:
             raise TrainError(f"quantize: {error}") from error
 
 
+def is_older(file: Path, source: Path) -> bool:
+    """Whether a file is missing, or was made before what it is made from."""
+    return not file.exists() or file.stat().st_mtime < source.stat().st_mtime
+
+
 def convert(config: Config, out: Path) -> None:
     """OUT/dpo/model -> OUT/gguf and, with a recipe, OUT/gguf-RECIPE."""
     folder, source = out / "gguf", out / "dpo" / "model"
     try:
-        made = min((file.stat().st_mtime for file in folder.glob("*.gguf")), default=0.0)
-        if made < (source / "model.safetensors").stat().st_mtime:
-            for earlier in out.glob("gguf*"):
-                shutil.rmtree(earlier)
+        made = list(folder.glob("*.gguf"))
+        if not made or any(is_older(file, source / "model.safetensors") for file in made):
+            shutil.rmtree(folder, ignore_errors=True)
             convert_checkpoint(source, folder, config.outtype, name="demo")
         if config.quantize:
             smaller = out / f"gguf-{config.quantize}"
             smaller.mkdir(exist_ok=True)
-            for source in sorted(folder.glob("*.gguf")):
-                output = smaller / output_name(source, config.quantize)
-                if not output.exists():
-                    quantize_file(source, output, config.quantize)
+            for file in sorted(folder.glob("*.gguf")):
+                output = smaller / output_name(file, config.quantize)
+                if is_older(output, file):
+                    output.unlink(missing_ok=True)
+                    quantize_file(file, output, config.quantize)
     except OmniVLMError as error:
         raise TrainError(str(error)) from error
 

@@ -330,7 +330,9 @@ def check_source(folder: Path, config: Config, weights: Path) -> None:
     if file.exists():
         check_made_with(folder, json.loads(file.read_text()), now)
     else:
-        file.write_text(json.dumps(now, indent=2) + "\n")
+        fresh = file.with_suffix(".tmp")
+        fresh.write_text(json.dumps(now, indent=2) + "\n")
+        os.replace(fresh, file)
 
 
 def run(config: Config, out: Path) -> None:

@@ -108,7 +108,7 @@ def _forms(phrase: str, number: int) -> Iterator[str]:
     """A counted name as objects.json has it, and in English with digits or an article, too."""
     yield phrase
     word, _, name = phrase.partition(" ")
-    if name and word == _DIGITS["en"][number]:
+    if name and _NUMBERS["en"].get(word) == number:
         yield f"{number} {name}"
         if number == 1:
             yield from (f"a {name}", f"an {name}")
