@@ -648,6 +648,20 @@ def test_every_configuration_can_be_read(stages: SimpleNamespace) -> None:
     assert names == {"micro", "demo", "omnivision"}
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_cpu_without_bfloat16_does_not_emulate_it(
+    stages: SimpleNamespace, micro: Any, monkeypatch: pytest.MonkeyPatch, quick: bool
+) -> None:
+    config = dataclasses.replace(micro, precision="bf16")
+    monkeypatch.setattr(stages.torch.backends.mkldnn, "is_available", lambda: quick)
+    monkeypatch.setattr(
+        stages.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: quick, raising=False
+    )
+    monkeypatch.setattr(stages.torch.accelerator, "is_available", lambda: False)
+    assert stages.loop.mixed_precision(config) == ("bf16" if quick else "no")
+    assert stages.loop.mixed_precision(micro) == "no"
+
+
 def test_damaged_and_foreign_checkpoints_are_told_in_a_sentence(
     stages: SimpleNamespace, micro: Any, done: Path, tmp_path: Path
 ) -> None:

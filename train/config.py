@@ -163,7 +163,7 @@ class Config:
     """All of it."""
 
     seed: int = 0
-    precision: str = "bf16"  # accelerate's mixed_precision: bf16 or no
+    precision: str = "bf16"  # accelerate's mixed_precision: bf16 (where it is no emulation) or no
     compile: bool = True  # the decoder, which takes minutes first
     attention: str = "eager"  # transformers' attn_implementation
     outtype: str = "f16"  # of the converted files

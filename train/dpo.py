@@ -32,7 +32,7 @@ from config import Config, Dpo
 from correction import correct
 from data import Batches, Example, Rows, Scenes, open_picture, read_rows, stack
 from errors import TrainError
-from loop import check_made_with, fingerprint, stage_main, train
+from loop import check_made_with, fingerprint, mixed_precision, stage_main, train, validated
 from model import OmniVLM, load_checkpoint
 from phrases import LANGUAGES
 from questions import Question
@@ -274,7 +274,7 @@ def remember(task: DpoTask, rows: PairRows, file: Path) -> None:
     """
     if not file.exists():
         known = []
-        accelerator = Accelerator(mixed_precision=task.config.precision)
+        accelerator = Accelerator(mixed_precision=mixed_precision(task.config))
         with torch.no_grad(), accelerator.autocast():
             for start in tqdm(
                 range(0, len(rows.pairs), task.batch), desc="reference", disable=None
@@ -294,12 +294,19 @@ def remember(task: DpoTask, rows: PairRows, file: Path) -> None:
 class Trial(DpoTask):
     """A short run whose result is its measures."""
 
+    measures: dict[str, float] | None = None  # of the last validation
+
+    def validate(self) -> dict[str, float]:
+        """See `DpoTask`."""
+        self.measures = super().validate()
+        return self.measures
+
     def export(self, folder: Path) -> None:
         """The measures, as a JSON file."""
         fresh = folder.with_name(folder.name + ".tmp")
-        self.eval()
-        with torch.no_grad():
-            fresh.write_text(json.dumps(self.validate(), indent=2) + "\n")
+        # A run that was stopped after its last step comes here without having validated.
+        measures = self.measures or validated(self)
+        fresh.write_text(json.dumps(measures, indent=2) + "\n")
         os.replace(fresh, folder)
 
 
