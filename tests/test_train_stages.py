@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -329,6 +330,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert logs[0] == logs[1]
 
 
+def test_a_trial_that_was_killed_before_its_result_is_measured_again(
+    stages: SimpleNamespace, micro: Any, done: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sft").symlink_to(done / "sft")
+    shutil.copytree(done / "dpo", tmp_path / "dpo")
+    results = sorted((done / "dpo" / "grid").glob("*/model"))
+    assert results
+    for result in results:
+        (tmp_path / result.relative_to(done)).unlink()
+    shutil.rmtree(tmp_path / "dpo" / "model")
+    stages.dpo.run(micro, tmp_path)
+    for result in results:
+        again = json.loads((tmp_path / result.relative_to(done)).read_text())
+        assert again == pytest.approx(json.loads(result.read_text()))
+
+
 def test_accumulated_and_lora_runs_resume_too(
     stages: SimpleNamespace,
     micro: Any,
@@ -648,17 +665,28 @@ def test_every_configuration_can_be_read(stages: SimpleNamespace) -> None:
     assert names == {"micro", "demo", "omnivision"}
 
 
-@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize(
+    ("capability", "accelerated", "precision"),
+    [
+        ("AVX512", False, "bf16"),
+        ("AVX2", False, "no"),
+        ("DEFAULT", False, "no"),
+        ("AVX2", True, "bf16"),
+    ],
+)
 def test_a_cpu_without_bfloat16_does_not_emulate_it(
-    stages: SimpleNamespace, micro: Any, monkeypatch: pytest.MonkeyPatch, quick: bool
+    stages: SimpleNamespace,
+    micro: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: str,
+    accelerated: bool,
+    precision: str,
 ) -> None:
+    torch = stages.torch
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerated)
     config = dataclasses.replace(micro, precision="bf16")
-    monkeypatch.setattr(stages.torch.backends.mkldnn, "is_available", lambda: quick)
-    monkeypatch.setattr(
-        stages.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: quick, raising=False
-    )
-    monkeypatch.setattr(stages.torch.accelerator, "is_available", lambda: False)
-    assert stages.loop.mixed_precision(config) == ("bf16" if quick else "no")
+    assert stages.loop.mixed_precision(config) == precision
     assert stages.loop.mixed_precision(micro) == "no"
 
 

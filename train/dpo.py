@@ -333,7 +333,10 @@ def check_source(folder: Path, config: Config, weights: Path) -> None:
     in the folder were made from others, and else notes what makes them."""
     file = folder / "made_with.json"
     with open(weights, "rb") as source, mmap(source.fileno(), 0, access=ACCESS_READ) as content:
-        now = fingerprint(config, config.dpo) | {"model": sha256(content).hexdigest()}
+        now = fingerprint(config, config.dpo) | {
+            "precision": mixed_precision(config),  # of the reference, on this machine
+            "model": sha256(content).hexdigest(),
+        }
     if file.exists():
         check_made_with(folder, json.loads(file.read_text()), now)
     else:
