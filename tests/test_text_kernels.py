@@ -69,8 +69,11 @@ def test_they_are_used_where_there_are_any(model: Path) -> None:
     _native.take_log_placement()
     ours = logits(model)
     has_kernels = _native.install_text_kernels()
-    assert ("CPU_OMNIVLM" in _native.take_log_placement()) == has_kernels
-    assert (error(ours, logits(model, low_memory=True)) > 0) == has_kernels
+    placement = _native.take_log_placement()
+    assert ("CPU_OMNIVLM" in placement) == has_kernels
+    # Without ours, llama.cpp repacks what it has kernels of its own for (on AVX2 not Q8_0).
+    repacked = has_kernels or "CPU_REPACK" in placement
+    assert (error(ours, logits(model, low_memory=True)) > 0) == repacked
 
 
 def write_dequantized(source: Path, path: Path) -> None:
