@@ -100,6 +100,24 @@ def test_every_home_is_of_known_things_and_every_thing_has_one() -> None:
 # --- sampling -------------------------------------------------------------------------------------
 
 
+def test_habits_can_be_left_out() -> None:
+    shares = {}
+    for home_share in (scenes.HOME_SHARE, 0.0):
+        rng = np.random.default_rng(1)
+        drawn = [sample_scene(rng, "train", home_share=home_share) for _ in range(1500)]
+        assert not any(held_out(scene.counts, scene.setting) for scene in drawn)
+        at_home = [
+            THINGS[kind].one in SETTINGS[scene.setting].home
+            for scene in drawn
+            for kind in scene.counts
+        ]
+        shares[home_share] = sum(at_home) / len(at_home)
+    homes = [len(setting.home) for setting in SETTINGS.values()]
+    by_chance = sum(homes) / len(homes) / len(THINGS)
+    assert shares[0.0] == pytest.approx(by_chance, abs=0.03)
+    assert shares[scenes.HOME_SHARE] > 0.7
+
+
 def test_splits_differ_in_composition() -> None:
     pairs: dict[str, set] = {split: set() for split in SPLITS}
     numbers: dict[str, set] = {split: set() for split in SPLITS}

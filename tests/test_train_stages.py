@@ -43,17 +43,8 @@ def stages() -> Iterator[SimpleNamespace]:
     torch.set_num_threads(1)  # more is slower at this size, and waits when others compute
     names = (
         *("ablation", "answers", "config", "correction", "data", "demo", "dpo", "drawings"),
-        *(
-            "language",
-            "loop",
-            "model",
-            "pretrain",
-            "questions",
-            "scenes",
-            "sft",
-            "tokenizer",
-            "tower",
-        ),
+        *("language", "loop", "model", "muon", "pretrain", "questions", "scenes", "sft"),
+        *("tokenizer", "tower"),
     )
     yield SimpleNamespace(torch=torch, **{name: __import__(name) for name in names})
     torch.set_num_threads(before)
@@ -688,6 +679,29 @@ def test_a_cpu_without_bfloat16_does_not_emulate_it(
     config = dataclasses.replace(micro, precision="bf16")
     assert stages.loop.mixed_precision(config) == precision
     assert stages.loop.mixed_precision(micro) == "no"
+    task = torch.nn.ModuleDict({"projector": torch.nn.Linear(4, 4)})
+    muon, _ = stages.loop.make_optimizers(task, micro.sft)
+    assert (type(muon) is torch.optim.Muon) == (precision == "bf16")
+
+
+def test_muon_in_float32_takes_the_steps_of_pytorchs(stages: SimpleNamespace) -> None:
+    torch = stages.torch
+    settings = {"lr": 0.1, "weight_decay": 0.05, "adjust_lr_fn": "match_rms_adamw"}
+    start = [torch.randn(shape) for shape in ((24, 16), (16, 48), (8, 8))]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    steps = stages.muon.Float32Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(5):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        for optimizer in steps:
+            optimizer.step()
+    for mine, other, first in zip(ours, theirs, start, strict=True):
+        # PyTorch's rounds to bfloat16's 8 bits in each of its 15 products.
+        assert torch.linalg.norm(mine - other) < 0.05 * torch.linalg.norm(other - first)
+    saved, loaded = steps[1].state_dict(), torch.optim.Muon(theirs, **settings)
+    assert saved.keys() == steps[0].state_dict().keys()
+    loaded.load_state_dict(steps[0].state_dict())
 
 
 def test_damaged_and_foreign_checkpoints_are_told_in_a_sentence(

@@ -96,7 +96,8 @@ class Lora:
 class Stage:
     """How long and how fast one stage learns; rates are peaks, `rise` and `fall` shares of it.
 
-    `json` (LLaVA's format) and `images` (its folder) replace the drawn scenes.
+    `home_share` of the things in drawn training scenes are where they are at home, the others
+    anywhere. `json` (LLaVA's format) and `images` (its folder) replace the drawn scenes.
     """
 
     steps: int = 1000
@@ -112,6 +113,7 @@ class Stage:
     report_every: int = 500  # validation
     save_every: int = 500
     validation: int = 100  # pictures
+    home_share: float = 0.75
     json: str = ""
     images: str = ""
 

@@ -22,7 +22,7 @@ from config import Config, Stage
 from drawings import UNSEEN, fetch
 from errors import TrainError
 from questions import Question, questions
-from scenes import Scene, render, sample_scene
+from scenes import HOME_SHARE, Scene, render, sample_scene
 from tokenizer import ANSWER, HEAD, QUESTION
 
 CAPTIONS = ("caption", "description")  # kinds of questions
@@ -61,11 +61,13 @@ class Scenes:
         split: str,
         kinds: Sequence[str] = (),
         stream: int = 0,
+        home_share: float = HOME_SHARE,
     ) -> None:
         self.size, self.split, self.kinds = image_size, split, kinds
         self.languages = config.data.languages
-        # Validation is in the first style, as it is.
+        # Validation is in the first style, as it is, with the habits of the test.
         self.styles = config.data.styles if split == "train" else config.data.styles[:1]
+        self.home_share = home_share if split == "train" else HOME_SHARE
         for style in self.styles:
             if style == UNSEEN:
                 raise TrainError(f"data.styles has {style!r}, which is for tests alone")
@@ -75,7 +77,7 @@ class Scenes:
     def scene(self, index: int) -> tuple[Scene, Generator]:
         """Scene n, and the generator of everything else that is random about it."""
         rng = np.random.default_rng((*self.seed, index))
-        return sample_scene(rng, self.split, self.styles), rng
+        return sample_scene(rng, self.split, self.styles, self.home_share), rng
 
     def pixels(self, scene: Scene, rng: Generator) -> np.ndarray:
         """uint8 [3, S, S]."""
@@ -175,7 +177,7 @@ def open_sources(
         train = Llava(Path(settings.json), Path(settings.images), image_size, config.seed)
         return train, train.hold_out(settings.validation)
     return (
-        Scenes(config, image_size, "train", kinds, stream),
+        Scenes(config, image_size, "train", kinds, stream, settings.home_share),
         Scenes(config, image_size, "validation", kinds, stream),
     )
 

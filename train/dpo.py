@@ -90,12 +90,18 @@ def ask(
     return list(dict.fromkeys(pairs)), len(asked)
 
 
+def train_scenes(config: Config, model: OmniVLM) -> Scenes:
+    """The pictures that the pairs are about."""
+    home_share = config.dpo.home_share
+    return Scenes(config, model.image_size, "train", stream=STREAM, home_share=home_share)
+
+
 def collect(model: OmniVLM, config: Config, folder: Path) -> list[Preference]:
     """All pairs; a run that was stopped goes on after the last whole chunk of pictures."""
     file, settings = folder / "pairs.jsonl", config.dpo
     if not file.exists():
         part = folder / "pairs.part.jsonl"
-        scenes = Scenes(config, model.image_size, "train", stream=STREAM)
+        scenes = train_scenes(config, model)
         lines = part.read_text("utf-8").split("\n") if part.exists() else []
         ends = [i for i, line in enumerate(lines) if "chunk" in line[:9]]
         lines = lines[: ends[-1] + 1] if ends else []
@@ -154,7 +160,7 @@ class PairRows:
 
     def __init__(self, pairs: Sequence[Preference], config: Config, model: OmniVLM) -> None:
         self.pairs, self.images = pairs, Path(config.dpo.images)
-        self.scenes = Scenes(config, model.image_size, "train", stream=STREAM)
+        self.scenes = train_scenes(config, model)
         self.rows = Rows(model.tokenizer, model.image_tokens)
         longest = max(sum(map(self._length, self._both(pair))) for pair in pairs)
         self.tokens = -(-longest // 16) * 16

@@ -47,7 +47,8 @@ class TextRows:
     """Example n: the words of scene n and questions about it."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, split: str) -> None:
-        self.scenes = Scenes(config, 0, split, stream=1)
+        home_share = config.language.home_share
+        self.scenes = Scenes(config, 0, split, stream=1, home_share=home_share)
         self.rows = Rows(tokenizer, 0)
         self.head = self.rows.encode(HEAD)
         self.tokens = LIST_TOKENS + config.data.tokens

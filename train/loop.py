@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from config import Config, Stage, load_config
 from errors import TrainError
+from muon import Float32Muon
 
 # Does not change what is learned, or may be changed while the rate is level.
 FREE = {"workers", "steps", "log_every", "report_every", "save_every", "validation"}
@@ -60,6 +61,12 @@ class Stopped(SystemExit):
         super().__init__(128 + (signals or [signal.SIGTERM])[0])
 
 
+def emulates_bfloat16() -> bool:
+    """Whether training runs on a CPU that has no bfloat16, and emulates it many times slower."""
+    emulated = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    return emulated and not torch.accelerator.is_available()
+
+
 def make_optimizers(task: nn.Module, settings: Stage) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the towers and the projector, AdamW for all else."""
     inner, outer = [], []
@@ -71,9 +78,8 @@ def make_optimizers(task: nn.Module, settings: Stage) -> list[torch.optim.Optimi
     decay = settings.weight_decay
     optimizers: list[torch.optim.Optimizer] = []
     if inner:
-        optimizers.append(
-            torch.optim.Muon(inner, settings.rate, decay, adjust_lr_fn="match_rms_adamw")
-        )
+        kind = Float32Muon if emulates_bfloat16() else torch.optim.Muon
+        optimizers.append(kind(inner, settings.rate, decay, adjust_lr_fn="match_rms_adamw"))
     if outer:
         optimizers.append(
             torch.optim.AdamW(outer, settings.rate, betas=(0.9, 0.98), weight_decay=decay / 5)
@@ -183,9 +189,8 @@ class Checkpoint:
 
 
 def mixed_precision(config: Config) -> str:
-    """`config.precision`, but float32 ("no") on a CPU that would emulate bfloat16, slowly."""
-    emulated = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    return "no" if emulated and not torch.accelerator.is_available() else config.precision
+    """`config.precision`, but float32 ("no") where bfloat16 would be emulated."""
+    return "no" if emulates_bfloat16() else config.precision
 
 
 def train(

@@ -171,7 +171,7 @@ _HOME = {name: _home_weights(setting.home) for name, setting in SETTINGS.items()
 
 
 def _sample_kinds(
-    rng: np.random.Generator, setting: str, number: int, wanted: set[str]
+    rng: np.random.Generator, setting: str, number: int, wanted: set[str], home_share: float
 ) -> dict[int, int]:
     """A number of kinds and how many there are of each, `held_out` for the wanted splits.
 
@@ -186,7 +186,7 @@ def _sample_kinds(
             if rank < len(home) and partner < PARTNER_SHARE:
                 rank ^= 1
             else:
-                rank = bisect(weights, which * weights[-1]) if at_home < HOME_SHARE else len(home)
+                rank = bisect(weights, which * weights[-1]) if at_home < home_share else len(home)
             kind = home[rank] if rank < len(home) else int(which * len(THINGS))
             kinds[kind] = bisect((0.0, 0.4, 0.7, 0.96), count)
         fits = len(kinds) == number and sum(kinds.values()) <= 9
@@ -246,17 +246,24 @@ def _seated(scene: Scene) -> Scene:
     return replace(scene, placed=tuple(placed)) if heights else scene
 
 
-def sample_scene(rng: np.random.Generator, split: str, styles: Sequence[str] = ("noto",)) -> Scene:
+def sample_scene(
+    rng: np.random.Generator,
+    split: str,
+    styles: Sequence[str] = ("noto",),
+    home_share: float = HOME_SHARE,
+) -> Scene:
     """A random scene of "train", "validation" or "test"; ValueError for another split.
 
     With several styles half of the kinds are drawn in the first one, and some are changed: what
-    is there and where it stands does not depend on the styles.
+    is there and where it stands does not depend on the styles. With a `home_share` of 0 all kinds
+    are as likely in every setting and beside each other, but for what is held out.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: it must be one of {', '.join(SPLITS)}")
     setting = list(SETTINGS)[rng.integers(len(SETTINGS))]
     number = bisect((0.0, 0.3, 0.7), rng.random())  # of kinds, alike in all splits
-    kinds = _sample_kinds(rng, setting, number, set() if split == "train" else {split})
+    wanted = set() if split == "train" else {split}
+    kinds = _sample_kinds(rng, setting, number, wanted, home_share)
     total = sum(kinds.values())
     sizes, tints = {}, {}
     for kind, count in kinds.items():

@@ -50,7 +50,9 @@ class TowerExamples:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, split: str = "train") -> None:
         self.vision, self.length = config.vision, config.tower.text_tokens
-        self.scenes = Scenes(config, config.vision.image_size, split, stream=0)
+        self.scenes = Scenes(
+            config, self.vision.image_size, split, stream=0, home_share=config.tower.home_share
+        )
         self.encode = lru_cache(maxsize=20_000)(lambda text: tokenizer.encode(text).ids)
         self.pad = tokenizer.token_to_id("<|endoftext|>")
 
