@@ -383,14 +383,16 @@ def test_several_prompts_choices_and_schema(photos: Path, tmp_path: Path) -> Non
     assert found["001", "Is there an egg?"]["answer"] == "yes"
 
     out = tmp_path / "schema.jsonl"
-    schema = '{"enum": ["There are no carrots.", "There are two carrots."]}'
+    allowed = ["There are no carrots.", "There are two carrots."]
+    schema = json.dumps({"enum": allowed})
     prompts = tmp_path / "t.jsonl"
     fields = {"image": str(photos / "001.png"), "q": "How many carrots?"}
     prompts.write_text(json.dumps(fields))
     result = batch(prompts, "--prompt-column", "q", "--schema", schema, "-o", out)
     assert result.returncode == 0, result.stderr
     (row,) = read_rows(out)
-    assert json.loads(row["answer"]) == "There are two carrots."
+    # Which of them is chance: the demo never saw JSON.
+    assert json.loads(row["answer"]) in allowed
     cut = batch(
         prompts, "--prompt-column", "q", "--schema", schema, "-n", 2, "-o", tmp_path / "cut.jsonl"
     )
