@@ -634,6 +634,7 @@ def test_the_ablation_compares_three_ways(
         ("[tower", "is not valid TOML"),
         ('[projector]\ncompression = "conv"', "it must be one of reshape, none, convolution"),
         ('precision = "fp16"', "precision is 'fp16'; it must be one of bf16, no"),
+        ("[sft]\nhome_share = 75", "home_share is 75.0; it must be a share from 0 to 1"),
         ("[dpo]\nrates = []", "dpo.beta and dpo.rates must each have a number to try"),
         ('[data]\nlanguages = ["en", "de"]', "'de'; it must be one of en, zh"),
     ],
@@ -686,6 +687,7 @@ def test_a_cpu_without_bfloat16_does_not_emulate_it(
 
 def test_muon_in_float32_takes_the_steps_of_pytorchs(stages: SimpleNamespace) -> None:
     torch = stages.torch
+    torch.manual_seed(0)
     settings = {"lr": 0.1, "weight_decay": 0.05, "adjust_lr_fn": "match_rms_adamw"}
     start = [torch.randn(shape) for shape in ((24, 16), (16, 48), (8, 8))]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))

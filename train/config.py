@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from errors import TrainError
+from scenes import HOME_SHARE
 
 try:
     import tomllib
@@ -113,9 +114,13 @@ class Stage:
     report_every: int = 500  # validation
     save_every: int = 500
     validation: int = 100  # pictures
-    home_share: float = 0.75
+    home_share: float = HOME_SHARE
     json: str = ""
     images: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.home_share <= 1:
+            raise TrainError(f"home_share is {self.home_share}; it must be a share from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,7 @@ class Dpo(Stage):
     anchor: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.beta or not self.rates:
             raise TrainError("dpo.beta and dpo.rates must each have a number to try")
 
