@@ -307,6 +307,18 @@ def test_questions_are_of_all_kinds_and_balanced(language: str) -> None:
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_drill_is_of_a_caption_and_relations(language: str) -> None:
+    rng, forms = np.random.default_rng(3), Counter()
+    for scene in filter(questions.related, sample(2000, "train")):
+        caption, *relations = questions.drill(scene, rng, language)
+        assert (caption.kind, {asked.kind for asked in relations}) == ("caption", {"relation"})
+        assert len(set(relations)) == len(relations)
+        assert all(correct(scene, q.answer, language) == q.answer for q in relations)
+        forms.update(q.answer.startswith(LANGUAGES[language].true) for q in relations)
+    assert forms[True] > 300
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
 def test_half_of_the_absent_things_are_of_a_present_category(language: str) -> None:
     similar = total = 0
     for scene, question in asked(language):
@@ -430,6 +442,12 @@ CASES_EN = [
     ),
     ("road", STREET, "The dog is large.", "The dog is small."),
     ("road", STREET, "The car is large.", "The car is neither small nor large."),
+    (
+        "road",
+        STREET,
+        "There is one car on a road. The car is large.",
+        "There is one car on a road. The car is at the top left.",
+    ),
     ("road", STREET, "The dog is larger than the cat.", "The dog is smaller than the cat."),
     ("road", STREET, "The car is to the right of the cat.", "The car is to the left of the cat."),
     ("road", STREET, "The car is below the dog.", "The car is above the dog."),

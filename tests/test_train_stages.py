@@ -250,6 +250,17 @@ def test_styles_of_the_configuration(stages: SimpleNamespace, micro: Any) -> Non
             stages.data.Scenes(styled(*styles), 126, "train")
 
 
+def test_a_share_of_the_training_pictures_is_drilled(stages: SimpleNamespace, micro: Any) -> None:
+    def kinds(drawn: Any, picture: int) -> set[str]:
+        return {question.kind for question in drawn(picture)[1]}
+
+    drawn = stages.data.Scenes(micro, 28, "train", relation_share=0.25)
+    drilled = [i for i in range(40) if kinds(drawn, i) == {"caption", "relation"}]
+    assert drilled == list(range(3, 40, 4))
+    plain = stages.data.Scenes(micro, 28, "validation", relation_share=1.0)
+    assert len(kinds(plain, 0)) > 2
+
+
 def test_icons_are_drawn(tmp_path: Path, stages: SimpleNamespace) -> None:
     square = {"body": '<path fill="#f00" d="M4 4h8v8H4z"/>'}
     names = {thing.one.replace(" ", "-") for thing in stages.scenes.THINGS}

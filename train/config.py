@@ -98,7 +98,9 @@ class Stage:
     """How long and how fast one stage learns; rates are peaks, `rise` and `fall` shares of it.
 
     `home_share` of the things in drawn training scenes are where they are at home, the others
-    anywhere. `json` (LLaVA's format) and `images` (its folder) replace the drawn scenes.
+    anywhere. `relation_share` of the pictures have single things that stand to each other or
+    differ in size, and are asked for that. `json` (LLaVA's format) and `images` (its folder)
+    replace the drawn scenes.
     """
 
     steps: int = 1000
@@ -115,12 +117,14 @@ class Stage:
     save_every: int = 500
     validation: int = 100  # pictures
     home_share: float = HOME_SHARE
+    relation_share: float = 0.0
     json: str = ""
     images: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.home_share <= 1:
-            raise TrainError(f"home_share is {self.home_share}; it must be a share from 0 to 1")
+        for name in ("home_share", "relation_share"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise TrainError(f"{name} is {share}; it must be a share from 0 to 1")
 
 
 @dataclass(frozen=True)

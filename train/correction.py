@@ -152,6 +152,8 @@ class _Correction:
         right = truth(self.scene, kind, claimed)
         if right is None:
             return self._without_truth(sentence, said)
+        if right == Size(0) != claimed and not self.alone:
+            right = Places(cells(self.scene, kind))  # nobody describes a size that is usual
         plural = said.plural if language.code == "zh" else self.counts[kind] > 1
         is_so = _singular(right) == _singular(claimed)
         if isinstance(right, Relation | Compared):

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from config import Config, Stage
 from drawings import UNSEEN, fetch
 from errors import TrainError
-from questions import Question, questions
+from questions import Question, drill, questions, related
 from scenes import HOME_SHARE, Scene, render, sample_scene
 from tokenizer import ANSWER, HEAD, QUESTION
 
@@ -62,12 +62,14 @@ class Scenes:
         kinds: Sequence[str] = (),
         stream: int = 0,
         home_share: float = HOME_SHARE,
+        relation_share: float = 0.0,
     ) -> None:
         self.size, self.split, self.kinds = image_size, split, kinds
         self.languages = config.data.languages
         # Validation is in the first style, as it is, with the habits of the test.
         self.styles = config.data.styles if split == "train" else config.data.styles[:1]
         self.home_share = home_share if split == "train" else HOME_SHARE
+        self.relation_share = relation_share if split == "train" else 0.0
         for style in self.styles:
             if style == UNSEEN:
                 raise TrainError(f"data.styles has {style!r}, which is for tests alone")
@@ -77,7 +79,14 @@ class Scenes:
     def scene(self, index: int) -> tuple[Scene, Generator]:
         """Scene n, and the generator of everything else that is random about it."""
         rng = np.random.default_rng((*self.seed, index))
-        return sample_scene(rng, self.split, self.styles, self.home_share), rng
+        while True:
+            scene = sample_scene(rng, self.split, self.styles, self.home_share)
+            if related(scene) or not self._drilled(index):
+                return scene, rng
+
+    def _drilled(self, index: int) -> bool:
+        """Whether picture n is one of those that are asked for relations alone."""
+        return int((index + 1) * self.relation_share) > int(index * self.relation_share)
 
     def pixels(self, scene: Scene, rng: Generator) -> np.ndarray:
         """uint8 [3, S, S]."""
@@ -95,7 +104,10 @@ class Scenes:
 
     def __call__(self, index: int) -> tuple[np.ndarray, list[Question]]:
         scene, rng = self.scene(index)
-        return self.pixels(scene, rng), self.asked(scene, rng)
+        pixels = self.pixels(scene, rng)
+        if self._drilled(index):
+            return pixels, drill(scene, rng, str(rng.choice(self.languages)))
+        return pixels, self.asked(scene, rng)
 
 
 class Llava:
@@ -177,7 +189,7 @@ def open_sources(
         train = Llava(Path(settings.json), Path(settings.images), image_size, config.seed)
         return train, train.hold_out(settings.validation)
     return (
-        Scenes(config, image_size, "train", kinds, stream, settings.home_share),
+        Scenes(config, image_size, "train", kinds, stream, settings.home_share, settings.relation_share),
         Scenes(config, image_size, "validation", kinds, stream),
     )
 

@@ -179,6 +179,12 @@ def _related(scene: Scene) -> list[Statement]:
     ]
 
 
+def _compared(scene: Scene) -> list[tuple[int, int]]:
+    """Single things of which the first is larger."""
+    lone = [kind for kind, count in scene.counts.items() if count == 1]
+    return [(a, b) for a in lone for b in lone if scene.size(a) > scene.size(b)]
+
+
 def description(scene: Scene, rng: np.random.Generator, language: str) -> str:
     """Two to five sentences: the caption's content, then places, colours, sizes, a relation."""
     words = LANGUAGES[language]
@@ -306,9 +312,7 @@ class _Asker:
             kind = _pick(self.rng, sized)
             said = Statement(kind, Size(self.scene.size(kind)), self.counts[kind] > 1)
             asked.append(self.question("relation", "size", self.say(said), kind))
-        lone = [kind for kind in self.present if self.counts[kind] == 1]
-        pairs = [(a, b) for a in lone for b in lone if self.scene.size(a) > self.scene.size(b)]
-        if pairs and self.rng.random() < 0.6:
+        if (pairs := _compared(self.scene)) and self.rng.random() < 0.6:
             large, small = _pick(self.rng, pairs)
             first, second = (large, small) if self.rng.random() < 0.5 else (small, large)
             if self.rng.random() < 0.5:
@@ -352,3 +356,15 @@ def questions(scene: Scene, rng: np.random.Generator, language: str) -> list[Que
         ask.question("list", "list", words.sentence(words.list_separators[0].join(listed))),
         ask.unanswerable(),
     ]
+
+
+def related(scene: Scene) -> bool:
+    """Whether single things stand to each other in a way that has a name, or differ in size."""
+    return bool(_related(scene) or _compared(scene))
+
+
+def drill(scene: Scene, rng: np.random.Generator, language: str) -> list[Question]:
+    """The caption, and most of what can be asked of how things are to each other."""
+    ask = _Asker(scene, rng, language)
+    asked = dict.fromkeys(question for _ in range(8) for question in ask.relations())
+    return [ask.question("caption", "caption", caption(scene, language)), *asked]
