@@ -189,7 +189,9 @@ def open_sources(
         train = Llava(Path(settings.json), Path(settings.images), image_size, config.seed)
         return train, train.hold_out(settings.validation)
     return (
-        Scenes(config, image_size, "train", kinds, stream, settings.home_share, settings.relation_share),
+        Scenes(
+            config, image_size, "train", kinds, stream, settings.home_share, settings.relation_share
+        ),
         Scenes(config, image_size, "validation", kinds, stream),
     )
 
