@@ -308,14 +308,25 @@ def test_questions_are_of_all_kinds_and_balanced(language: str) -> None:
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_a_drill_is_of_a_caption_and_relations(language: str) -> None:
-    rng, forms = np.random.default_rng(3), Counter()
-    for scene in filter(questions.related, sample(2000, "train")):
+    rng, words, asked = np.random.default_rng(3), LANGUAGES[language], []
+    for scene in filter(questions.can_drill, sample(2000, "train")):
         caption, *relations = questions.drill(scene, rng, language)
-        assert (caption.kind, {asked.kind for asked in relations}) == ("caption", {"relation"})
+        assert (caption.kind, {q.kind for q in relations}) == ("caption", {"relation"})
         assert len(set(relations)) == len(relations)
         assert all(correct(scene, q.answer, language) == q.answer for q in relations)
-        forms.update(q.answer.startswith(LANGUAGES[language].true) for q in relations)
-    assert forms[True] > 300
+        asked += relations
+    right = sum(q.answer.startswith(words.true) for q in asked)
+    wrong = sum(q.answer.startswith(words.false) for q in asked)
+    assert wrong > 200 and 0.8 < right / wrong < 1.25
+    for form in ("larger", "smaller", "size"):
+        ends = {text.rsplit("}")[-1] for text in questions.ASK[language][form]}
+        starts = {text.split("{")[0] for text in questions.ASK[language][form]}
+        assert any(
+            q.question.startswith(a) and q.question.endswith(b)
+            for q in asked
+            for a in starts
+            for b in ends
+        )
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

@@ -257,8 +257,16 @@ def test_a_share_of_the_training_pictures_is_drilled(stages: SimpleNamespace, mi
     drawn = stages.data.Scenes(micro, 28, "train", relation_share=0.25)
     drilled = [i for i in range(40) if kinds(drawn, i) == {"caption", "relation"}]
     assert drilled == list(range(3, 40, 4))
-    plain = stages.data.Scenes(micro, 28, "validation", relation_share=1.0)
-    assert len(kinds(plain, 0)) > 2
+    plain, check = (
+        stages.data.Scenes(micro, 28, split, relation_share=share)
+        for split, share in (("train", 0.0), ("validation", 1.0))
+    )
+    assert len(kinds(check, 0)) > 2
+    for picture in range(3):  # the others are as without a drill
+        (seen, asked), (expected, questions) = drawn(picture), plain(picture)
+        assert np.array_equal(seen, expected) and asked == questions
+    learnt, held_out = stages.data.open_sources(micro, micro.sft, 28, (), 3, 1.0)
+    assert kinds(learnt, 0) == {"caption", "relation"} != kinds(held_out, 0)
 
 
 def test_icons_are_drawn(tmp_path: Path, stages: SimpleNamespace) -> None:
@@ -641,11 +649,13 @@ def test_the_ablation_compares_three_ways(
         ("[tower]\nstep = 3", "tower: there is no setting 'step' here; known are steps, "),
         ('[sft]\nsteps = "many"', "sft: steps is 'many'; it must be of type int"),
         ("[dpo]\nbeta = 0.1", "dpo: beta is 0.1; it must be of type list"),
-        ("sft = 3", "sft is 3; it must be of type Stage"),
+        ("sft = 3", "sft is 3; it must be of type Sft"),
         ("[tower", "is not valid TOML"),
         ('[projector]\ncompression = "conv"', "it must be one of reshape, none, convolution"),
         ('precision = "fp16"', "precision is 'fp16'; it must be one of bf16, no"),
         ("[sft]\nhome_share = 75", "home_share is 75.0; it must be a share from 0 to 1"),
+        ("[sft]\nrelation_share = -1", "relation_share is -1.0; it must be a share from 0 to 1"),
+        ("[dpo]\nrelation_share = 0.5", "dpo: there is no setting 'relation_share' here"),
         ("[dpo]\nrates = []", "dpo.beta and dpo.rates must each have a number to try"),
         ('[data]\nlanguages = ["en", "de"]', "'de'; it must be one of en, zh"),
     ],

@@ -24,6 +24,12 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise TrainError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
+def _share(name: str, value: float) -> None:
+    """Raises TrainError unless the value is a share."""
+    if not 0 <= value <= 1:
+        raise TrainError(f"{name} is {value}; it must be a share from 0 to 1")
+
+
 @dataclass(frozen=True)
 class Vision:
     """The SigLIP tower; with a `checkpoint` (a local directory) the sizes are that one's."""
@@ -98,9 +104,7 @@ class Stage:
     """How long and how fast one stage learns; rates are peaks, `rise` and `fall` shares of it.
 
     `home_share` of the things in drawn training scenes are where they are at home, the others
-    anywhere. `relation_share` of the pictures have single things that stand to each other or
-    differ in size, and are asked for that. `json` (LLaVA's format) and `images` (its folder)
-    replace the drawn scenes.
+    anywhere. `json` (LLaVA's format) and `images` (its folder) replace the drawn scenes.
     """
 
     steps: int = 1000
@@ -117,14 +121,11 @@ class Stage:
     save_every: int = 500
     validation: int = 100  # pictures
     home_share: float = HOME_SHARE
-    relation_share: float = 0.0
     json: str = ""
     images: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("home_share", "relation_share"):
-            if not 0 <= (share := getattr(self, name)) <= 1:
-                raise TrainError(f"{name} is {share}; it must be a share from 0 to 1")
+        _share("home_share", self.home_share)
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,18 @@ class Tower(Stage):
     text_tokens: int = 64
     contrast: float = 0.1
     nothing: float = 0.3  # weight of patches without a thing; others 1
+
+
+@dataclass(frozen=True)
+class Sft(Stage):
+    """`relation_share` of the drawn pictures have single things that stand to each other or differ
+    in size, and are asked for that after their caption."""
+
+    relation_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _share("relation_share", self.relation_share)
 
 
 @dataclass(frozen=True)
@@ -188,7 +201,7 @@ class Config:
     tower: Tower = field(default_factory=Tower)
     language: Stage = field(default_factory=Stage)
     pretrain: Stage = field(default_factory=Stage)
-    sft: Stage = field(default_factory=Stage)
+    sft: Sft = field(default_factory=Sft)
     dpo: Dpo = field(default_factory=Dpo)
     ablation: Ablation = field(default_factory=Ablation)
 

@@ -65,7 +65,8 @@ def correct(scene: Scene, answer: str, language: str) -> str:
 
     Things that are listed but not there give way to unmentioned ones that are, or are left out;
     so are sentences about absent things, unless the whole answer is one: then it says that they
-    are absent. Numbers, colours, sizes, places, relations, settings, yes and no become right.
+    are absent. Numbers, colours, sizes, places, relations, settings, yes and no become right; of a
+    thing that is neither small nor large a longer answer tells the place.
     """
     return _Correction(scene, answer, LANGUAGES[language]).mended()
 
@@ -152,7 +153,7 @@ class _Correction:
         right = truth(self.scene, kind, claimed)
         if right is None:
             return self._without_truth(sentence, said)
-        if right == Size(0) != claimed and not self.alone:
+        if right == Size(0) and claimed != right and not self.alone:
             right = Places(cells(self.scene, kind))  # nobody describes a size that is usual
         plural = said.plural if language.code == "zh" else self.counts[kind] > 1
         is_so = _singular(right) == _singular(claimed)

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from config import Config, Stage
 from drawings import UNSEEN, fetch
 from errors import TrainError
-from questions import Question, drill, questions, related
+from questions import Question, can_drill, drill, questions
 from scenes import HOME_SHARE, Scene, render, sample_scene
 from tokenizer import ANSWER, HEAD, QUESTION
 
@@ -52,7 +52,11 @@ class Source(Protocol):
 
 
 class Scenes:
-    """Drawn scenes, which never repeat; `kinds` are the kinds of questions, () is all of them."""
+    """Drawn scenes, which never repeat; `kinds` are the kinds of questions, () is all of them.
+
+    For training, `home_share` of the things are at home, and `relation_share` of the scenes have
+    relations and are asked for their caption and those, whatever `kinds` says.
+    """
 
     def __init__(
         self,
@@ -81,11 +85,11 @@ class Scenes:
         rng = np.random.default_rng((*self.seed, index))
         while True:
             scene = sample_scene(rng, self.split, self.styles, self.home_share)
-            if related(scene) or not self._drilled(index):
+            if not self._drilled(index) or can_drill(scene):
                 return scene, rng
 
     def _drilled(self, index: int) -> bool:
-        """Whether picture n is one of those that are asked for relations alone."""
+        """Whether this scene is one of those that are asked for relations after their caption."""
         return int((index + 1) * self.relation_share) > int(index * self.relation_share)
 
     def pixels(self, scene: Scene, rng: Generator) -> np.ndarray:
@@ -182,16 +186,19 @@ def open_picture(path: Path, size: int) -> np.ndarray:
 
 
 def open_sources(
-    config: Config, settings: Stage, image_size: int, kinds: Sequence[str], stream: int
+    config: Config,
+    settings: Stage,
+    image_size: int,
+    kinds: Sequence[str],
+    stream: int,
+    relation_share: float = 0.0,
 ) -> tuple[Source, Source]:
     """Where a stage's training pictures come from, and its validation pictures."""
     if settings.json:
         train = Llava(Path(settings.json), Path(settings.images), image_size, config.seed)
         return train, train.hold_out(settings.validation)
     return (
-        Scenes(
-            config, image_size, "train", kinds, stream, settings.home_share, settings.relation_share
-        ),
+        Scenes(config, image_size, "train", kinds, stream, settings.home_share, relation_share),
         Scenes(config, image_size, "validation", kinds, stream),
     )
 

@@ -358,7 +358,7 @@ def questions(scene: Scene, rng: np.random.Generator, language: str) -> list[Que
     ]
 
 
-def related(scene: Scene) -> bool:
+def can_drill(scene: Scene) -> bool:
     """Whether single things stand to each other in a way that has a name, or differ in size."""
     return bool(_related(scene) or _compared(scene))
 

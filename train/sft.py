@@ -22,7 +22,9 @@ def run(config: Config, out: Path) -> None:
     rows = Rows(model.tokenizer, model.image_tokens)
     learnt, held_out = (
         PictureRows(source, rows, config.data.tokens)
-        for source in open_sources(config, settings, model.image_size, (), stream=3)
+        for source in open_sources(
+            config, settings, model.image_size, (), 3, settings.relation_share
+        )
     )
     checks = [held_out.checked(i) for i in range(settings.validation)]
     parts = (*model.projector_parts, "language_model")
