@@ -182,7 +182,7 @@ def score_table() -> str:
 
 def stage_table() -> str:
     """What stage 3 makes of the demo: the same questions before and after it."""
-    results = [_evaluation("demo_before_dpo"), _evaluation("demo_after_dpo")]
+    results = [_evaluation("demo"), _evaluation("demo_after_dpo")]
     columns = [(scores, code) for code in ("en", "zh") for scores in results]
     lines = [
         "| | English, before | English, after | Chinese, before | Chinese, after |",
