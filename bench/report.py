@@ -144,6 +144,7 @@ def accuracy_table() -> str:
         ("how many …?", held_out, "count"),
         ("is there …?", held_out, "yesno"),
         ("where is …?", held_out, "where"),
+        ("what stands where to what, and which is larger?", held_out, "relation"),
         ("all questions", held_out, "all"),
         ("is there …?, in the unseen style", unseen, "yesno"),
     ):
