@@ -68,11 +68,13 @@ def workers() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if "ray::" in process.name() or any("_Worker" in part for part in process.cmdline()):
+            command = process.cmdline()
+            worker = "ray::" in process.name() or any("_Worker" in part for part in command)
+            if worker and any("MapWorker" in part for part in command):
                 found.append(process)
-        except psutil.Error:
+        except psutil.Error:  # it ended meanwhile
             continue
-    return [process for process in found if any("MapWorker" in part for part in process.cmdline())]
+    return found
 
 
 def finish(process: subprocess.Popen[str], out: Path) -> Any:
